@@ -44,7 +44,9 @@ def script(text: str, *arguments: str, stdin: bytes = b"") -> Command:
 def check_word(word: str) -> None:
     """Refuse what would not arrive byte for byte: NUL, and bytes that are not UTF-8."""
     if "\0" in word:
-        raise InputError(f"the argument {word!r} holds a NUL byte", next_step="remove it: no program can be given one")
+        raise InputError(
+            f"the argument {word!r} holds a NUL byte", next_step="remove it: no program can be given one"
+        )
     try:
         word.encode()
     except UnicodeEncodeError:

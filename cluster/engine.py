@@ -7,6 +7,7 @@ from typing import BinaryIO, Protocol
 
 from cluster.command import Command, Result
 from cluster.container import Container, ContainerSpec
+from cluster.errors import EngineError
 
 
 class Engine(Protocol):
@@ -70,3 +71,26 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of the engine."""
+
+
+def engine_error(node: str, said: str) -> EngineError | None:
+    """What Docker's client says when it cannot work, with the cure; None when it says nothing."""
+    if not said:
+        return None
+    if "permission denied" in said.lower():
+        return EngineError(
+            node,
+            "this user may not use Docker",
+            detail=(said,),
+            next_step="on the node: sudo usermod -aG docker $USER, then run again (or use rootless Docker)",
+        )
+    if "not found" in said or "not installed" in said:
+        return EngineError(
+            node, "Docker is not installed", detail=(said,), next_step="install docker.io or docker-ce on the node"
+        )
+    return EngineError(
+        node,
+        "the Docker engine does not answer",
+        detail=(said,),
+        next_step="on the node: sudo systemctl start docker",
+    )

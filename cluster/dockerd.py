@@ -1,0 +1,332 @@
+"""The Docker hand of the engine seam: the Docker SDK over a `Transport`. The only file that imports docker.
+
+The Engine API is spoken over whatever channel the transport dials (on a node `docker system dial-stdio` over the
+pinned SSH connection, here the engine's own socket), so keys, jump hosts and host-key policy live in one place, and
+rootless contexts and podman's Docker API come along. Commands inside a container go through the node's own client:
+it carries standard input and terminals over any transport.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import docker
+import requests
+from docker.transport.sshconn import SSHConnection, SSHConnectionPool, SSHHTTPAdapter
+from docker.types import DeviceRequest, LogConfig, Mount, Ulimit
+
+from cluster.command import Command, Result
+from cluster.container import FOREIGN_STATES, Container, ContainerSpec, ContainerState
+from cluster.engine import engine_error
+from cluster.errors import CommandError, EngineError, ImageError, LockedError, UnreachableError
+from cluster.transport import Channel, Transport
+
+_URL = "http://docker.invalid"
+_CHUNK = 1024**2
+# The oldest API that has everything we use (Docker 19.03, podman 3); the real version is agreed on at first use.
+_API = "1.40"
+
+
+class _Connection(SSHConnection):  # type: ignore[misc]
+    """An HTTP connection on a channel that a transport dials."""
+
+    def __init__(self, dial: Callable[[], Channel], timeout: float) -> None:
+        super().__init__(timeout=timeout)
+        self._dial = dial
+
+    def connect(self) -> None:
+        self.sock = self._dial()
+        self.sock.settimeout(self.timeout)
+
+
+class _Pool(SSHConnectionPool):  # type: ignore[misc]
+    def __init__(self, dial: Callable[[], Channel], timeout: float) -> None:
+        super().__init__(timeout=timeout, host="docker.invalid")
+        self._dial = dial
+
+    def _new_conn(self) -> _Connection:
+        return _Connection(self._dial, self.timeout)
+
+
+class _Adapter(SSHHTTPAdapter):  # type: ignore[misc]
+    """The SDK's SSH adapter, with our channels in place of the SDK's own connection."""
+
+    def __init__(self, dial: Callable[[], Channel], timeout: float) -> None:
+        super().__init__("ssh://docker.invalid", timeout=timeout, shell_out=True)
+        self._pool = _Pool(dial, timeout)
+
+    def get_connection(self, url: str, proxies: object = None) -> _Pool:  # noqa: ARG002 - requests' signature
+        return self._pool
+
+    def close(self) -> None:
+        self._pool.close()
+        super().close()
+
+
+class _Client(docker.APIClient):  # type: ignore[misc]
+    def __init__(self, transport: Transport, timeout: float) -> None:
+        super().__init__(base_url=_URL.replace("http", "tcp") + ":2375", version=_API, timeout=timeout)
+        self.trust_env = False  # a proxy of the environment must not come between us and the channel
+        self.mount(_URL, _Adapter(transport.dial_docker, timeout))
+        self._version = self._retrieve_server_version()
+
+
+class DockerEngine:
+    """Docker (or podman's Docker API) on one machine."""
+
+    def __init__(self, transport: Transport, *, timeout: float = 30.0) -> None:
+        self.node = transport.node
+        self._transport = transport
+        self._timeout = timeout
+        self._made: _Client | None = None
+
+    @property
+    def _client(self) -> Any:
+        if self._made is None:
+            with self._translated("connect"):
+                self._made = _Client(self._transport, self._timeout)
+        return self._made
+
+    def version(self) -> str:
+        with self._translated("version"):
+            return str(self._client.version()["Version"])
+
+    # Images
+
+    def image_id(self, name: str) -> str | None:
+        with self._translated("inspect image"):
+            try:
+                return str(self._client.inspect_image(name)["Id"])
+            except docker.errors.ImageNotFound:
+                return None
+
+    def build(
+        self,
+        context: BinaryIO,
+        *,
+        tag: str,
+        arguments: Mapping[str, str],
+        labels: Mapping[str, str],
+        network: str | None,
+        tell: Callable[[Mapping[str, object]], None],
+    ) -> str:
+        with self._translated("build"):
+            messages = self._client.build(
+                fileobj=context,
+                custom_context=True,
+                tag=tag,
+                buildargs=dict(arguments),
+                labels=dict(labels),
+                network_mode=network,
+                rm=True,
+                forcerm=True,
+                decode=True,
+                timeout=None,
+            )
+            digest = ""
+            for message in messages:
+                if "error" in message:
+                    raise ImageError(self.node, f"the image does not build: {str(message['error']).strip()}")
+                digest = (message.get("aux") or {}).get("ID", digest)
+                tell(message)
+        return digest or self._must_have(tag)
+
+    def import_base(self, rootfs: BinaryIO, *, tag: str) -> str:
+        """Make a base image of a root file system archive."""
+        with self._translated("import"):
+            self._client.import_image(src=rootfs, repository=tag.rpartition(":")[0], tag=tag.rpartition(":")[2])
+        return self._must_have(tag)
+
+    def pull(self, name: str) -> bool:
+        """Fetch an image from its registry; whether it could be had."""
+        with self._translated("pull"):
+            try:
+                self._client.pull(name)
+            except (docker.errors.NotFound, docker.errors.APIError):
+                return False
+        return True
+
+    def save(self, name: str) -> Iterator[bytes]:
+        with self._translated("save"):
+            yield from self._client.get_image(name, chunk_size=_CHUNK)
+
+    def load(self, chunks: Iterable[bytes]) -> None:
+        with self._translated("load"):
+            response = self._client._post(  # noqa: SLF001 - load_image has no way to wait longer than the client's timeout
+                self._client._url("/images/load"),  # noqa: SLF001
+                data=iter(chunks),
+                params={"quiet": True},
+                timeout=None,
+            )
+            self._client._raise_for_status(response)  # noqa: SLF001
+            for line in response.text.splitlines():
+                said = json.loads(line) if line.strip() else {}
+                if "error" in said:
+                    raise ImageError(self.node, f"the image does not load: {said['error']}")
+
+    def tag(self, image: str, name: str) -> None:
+        repository, _, version = name.rpartition(":")
+        with self._translated("tag"):
+            self._client.tag(image, repository, version, force=True)
+
+    def _must_have(self, name: str) -> str:
+        found = self.image_id(name)
+        if found is None:
+            raise ImageError(self.node, f"the image {name} was built but is not there")
+        return found
+
+    # Containers
+
+    def create(self, spec: ContainerSpec) -> str:
+        with self._translated("create"):
+            try:
+                return str(self._client.create_container_from_config(self._config(spec), spec.name)["Id"])
+            except docker.errors.ImageNotFound as error:
+                raise ImageError(self.node, f"the image {spec.image} is not there") from error
+            except docker.errors.APIError as error:
+                if error.status_code != requests.codes.conflict:
+                    raise
+                raise LockedError(
+                    f"a container named {spec.name} is already there", where=f"node {self.node}"
+                ) from error
+
+    def start(self, container: str) -> None:
+        with self._translated("start"):
+            self._client.start(container)
+
+    def find(self, labels: Mapping[str, str]) -> tuple[Container, ...]:
+        wanted = [f"{key}={value}" if value else key for key, value in labels.items()]
+        with self._translated("list"):
+            found = self._client.containers(all=True, filters={"label": wanted})
+            return tuple(self._seen(one) for one in found)
+
+    def wait(self, container: str) -> Container:
+        with self._translated("wait"):
+            self._client.wait(container, timeout=None)
+            return _inspected(self._client.inspect_container(container))
+
+    def stop(self, container: str, *, grace: float) -> None:
+        with self._translated("stop"):
+            try:
+                self._client.stop(container, timeout=round(grace))
+            except docker.errors.NotFound:
+                return
+
+    def remove(self, container: str) -> None:
+        with self._translated("remove"):
+            try:
+                self._client.remove_container(container, force=True, v=True)
+            except docker.errors.NotFound:
+                return
+            except docker.errors.APIError as error:
+                # Two removals at once: the other one is doing it.
+                if error.status_code != requests.codes.conflict:
+                    raise
+
+    def logs(self, container: str, *, tail: int) -> str:
+        with self._translated("logs"):
+            try:
+                said = self._client.logs(container, stdout=True, stderr=True, tail=tail)
+            except docker.errors.NotFound:
+                return ""
+        return bytes(said).decode(errors="replace")
+
+    def execute(self, container: str, command: Command) -> Result:
+        inside = Command(argv=("docker", "exec", "-i", container, *command.argv))
+        return self._transport.send(inside, (command.stdin,))
+
+    def interactive(self, container: str, argv: tuple[str, ...], *, tty: bool) -> Command:
+        return Command(argv=("docker", "exec", "-it" if tty else "-i", container, *argv))
+
+    def close(self) -> None:
+        if self._made is not None:
+            self._made.close()
+
+    def _seen(self, one: Mapping[str, Any]) -> Container:
+        state = FOREIGN_STATES.get(str(one["State"]), ContainerState.RUNNING)
+        if state is ContainerState.ENDED:  # the list does not say how it ended
+            try:
+                return _inspected(self._client.inspect_container(one["Id"]))
+            except docker.errors.NotFound:
+                pass
+        return Container(
+            id=str(one["Id"]),
+            name=str((one.get("Names") or ["/"])[0]).lstrip("/"),
+            image=str(one.get("ImageID") or one.get("Image")),
+            state=state,
+            labels=dict(one.get("Labels") or {}),
+        )
+
+    def _config(self, spec: ContainerSpec) -> Any:
+        client = self._client
+        uid, _, gid = (spec.user or "0:0").partition(":")
+        host = client.create_host_config(
+            network_mode="host",
+            init=True,
+            cap_drop=["ALL"],
+            security_opt=["no-new-privileges"],
+            mounts=[
+                # type bind refuses a missing source; `-v` would create it, as root, on the root disk
+                Mount(target=mount.target, source=mount.source, type="bind", read_only=mount.read_only)
+                for mount in spec.mounts
+            ],
+            devices=[f"{device}:{device}:rwm" for device in spec.devices],
+            device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if spec.gpus else None,
+            shm_size=spec.shm_bytes,
+            ulimits=[Ulimit(name=name, soft=limit, hard=limit) for name, limit in spec.ulimits],
+            tmpfs={spec.secrets_dir: f"size=4m,mode=0700,uid={uid},gid={gid}"} if spec.secrets_dir else None,
+            log_config=LogConfig(type="json-file", config={"max-size": "16m", "max-file": "2"}),
+        )
+        return client.create_container_config(
+            image=spec.image,
+            entrypoint=list(spec.argv[:1]),
+            command=list(spec.argv[1:]),
+            environment=dict(spec.env),
+            labels=dict(spec.labels),
+            working_dir=spec.workdir,
+            user=spec.user,
+            host_config=host,
+            # A healthcheck or a stop signal of a user's own base image is none of ours.
+            stop_signal="SIGTERM",
+        )
+
+    @contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except docker.errors.APIError as error:
+            raise EngineError(self.node, f"Docker refuses to {doing}: {error.explanation or error}") from error
+        except (docker.errors.DockerException, requests.RequestException, OSError, EOFError) as error:
+            raise self._silent(doing, error) from error
+
+    def _silent(self, doing: str, error: Exception) -> EngineError | UnreachableError:
+        """Why the engine does not answer, asked of its own client: it sees permissions, we an end of file."""
+        try:
+            said = self._transport.run(
+                Command(argv=("docker", "version", "--format", "{{.Server.Version}}")), timeout=10
+            )
+        except UnreachableError as gone:
+            return gone
+        except CommandError:
+            return EngineError(self.node, f"Docker does not answer ({doing}): {error}")
+        return engine_error(self.node, "" if said.ok else " ".join(said.tail(1))) or EngineError(
+            self.node, f"Docker broke off ({doing}): {error}", next_step="look at the engine's own log on the node"
+        )
+
+
+def _inspected(one: Mapping[str, Any]) -> Container:
+    state = one["State"]
+    mine = FOREIGN_STATES.get(str(state["Status"]), ContainerState.RUNNING)
+    return Container(
+        id=str(one["Id"]),
+        name=str(one["Name"]).lstrip("/"),
+        image=str(one["Image"]),
+        state=mine,
+        labels=dict(one["Config"].get("Labels") or {}),
+        code=int(state["ExitCode"]) if mine is ContainerState.ENDED else None,
+        oom=bool(state.get("OOMKilled")),
+        started=state.get("StartedAt"),
+    )

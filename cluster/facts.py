@@ -1,0 +1,301 @@
+"""Facts: what a machine says of itself. A probe is a question (shell) and a pure reading of the answer.
+
+All probes of a survey travel as one POSIX script and come back in one answer, so that a survey costs one round trip;
+nothing but `sh` is needed on the machine, and a tool that is missing there makes its fact empty, not the survey fail.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from cluster.command import Command, script
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One CUDA device. `memory` in bytes; `capability` as (major, minor)."""
+
+    index: int
+    name: str
+    uuid: str
+    memory: int
+    driver: str
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nic:
+    """A network interface that is up, with its global addresses."""
+
+    name: str
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """What stands at a configured path. `free` in bytes; `on_root` when it shares the root file system's device."""
+
+    path: str
+    exists: bool
+    is_dir: bool = False
+    on_root: bool = False
+    writable: bool = False
+    free: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """A TCP port somebody listens on, and who, where the system says so."""
+
+    port: int
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DockerFact:
+    """The container engine as its own client sees it; `error` when it cannot be used."""
+
+    version: str = ""
+    runtimes: tuple[str, ...] = ()
+    rootless: bool = False
+    root: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """Who and what: architecture, kernel, and the account that we log in with."""
+
+    kernel: str
+    arch: str
+    user: str
+    uid: int
+    gid: int
+    home: str
+    cpus: int
+    memory: int
+    shm: int
+    clock: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """Everything one machine said. `clock_offset` is its clock minus ours, in seconds."""
+
+    system: System
+    gpus: tuple[Gpu, ...]
+    nics: tuple[Nic, ...]
+    disks: tuple[Disk, ...]
+    listeners: tuple[Listener, ...]
+    docker: DockerFact
+    routes: Mapping[str, str]  # peer address -> interface that leads there
+    clock_offset: float = 0.0
+
+    def disk(self, path: str) -> Disk:
+        """The fact about a path; one that was never asked for does not exist."""
+        return next((disk for disk in self.disks if disk.path == path), Disk(path=path, exists=False))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """A question and the pure reading of its answer. `text` sees the survey's arguments as shell variables."""
+
+    name: str
+    text: str
+    read: Callable[[str], object]
+
+
+def read_system(text: str) -> System:
+    """Reads the `key=value` lines of the system probe."""
+    said = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return System(
+        kernel=said.get("kernel", ""),
+        arch=said.get("arch", ""),
+        user=said.get("user", ""),
+        uid=int(said.get("uid") or 0),
+        gid=int(said.get("gid") or 0),
+        home=said.get("home", ""),
+        cpus=int(said.get("cpus") or 1),
+        memory=int(said.get("memory") or 0) * 1024,
+        shm=int(said.get("shm") or 0) * 1024,
+        clock=float(said.get("clock") or 0),
+    )
+
+
+def read_gpus(text: str) -> tuple[Gpu, ...]:
+    """Reads `nvidia-smi --query-gpu=index,name,uuid,memory.total,driver_version,compute_cap --format=csv,…`."""
+    gpus = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) != 6 or not cells[0].isdigit():  # noqa: PLR2004 - six columns were asked for
+            continue
+        major, _, minor = cells[5].partition(".")
+        gpus.append(
+            Gpu(
+                index=int(cells[0]),
+                name=cells[1],
+                uuid=cells[2],
+                memory=_integer(cells[3]) * 1024**2,
+                driver=cells[4],
+                capability=(_integer(major), _integer(minor)),
+            )
+        )
+    return tuple(gpus)
+
+
+def read_nics(text: str) -> tuple[Nic, ...]:
+    """Reads `ip -o addr show up scope global`."""
+    addresses: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        match = re.match(r"\d+:\s+(\S+)\s+inet6?\s+([0-9a-fA-F.:]+)/", line)
+        if match:
+            addresses.setdefault(match[1].split("@")[0], []).append(match[2])
+    return tuple(Nic(name=name, addresses=tuple(found)) for name, found in addresses.items())
+
+
+def read_disks(text: str) -> tuple[Disk, ...]:
+    """Reads `dir|file|none <device> <root device> <w|-> <free KiB> <path>` lines."""
+    disks = []
+    for line in text.splitlines():
+        kind, _, rest = line.partition(" ")
+        if kind == "none":
+            disks.append(Disk(path=rest.split(" ", 4)[4], exists=False))
+        elif kind in ("dir", "file"):
+            device, root, mode, free, path = rest.split(" ", 4)
+            disks.append(
+                Disk(
+                    path=path,
+                    exists=True,
+                    is_dir=kind == "dir",
+                    on_root=device == root,
+                    writable=mode == "w",
+                    free=_integer(free) * 1024,
+                )
+            )
+    return tuple(disks)
+
+
+def read_listeners(text: str) -> tuple[Listener, ...]:
+    """Reads `ss -Hltnp`, or /proc/net/tcp and tcp6 where there is no ss."""
+    owners: dict[int, str] = {}
+    for line in text.splitlines():
+        if match := re.match(r"LISTEN\s+\d+\s+\d+\s+\S*:(\d+)\s+\S+(?:\s+users:\(\(\"([^\"]+)\",pid=(\d+))?", line):
+            owner = f"{match[2]} (pid {match[3]})" if match[2] else ""
+            owners[int(match[1])] = owners.get(int(match[1])) or owner
+        elif match := re.match(r"\s*\d+:\s+[0-9A-F]+:([0-9A-F]{4})\s+\S+\s+0A\s", line):
+            owners.setdefault(int(match[1], 16), "")
+    return tuple(Listener(port=port, owner=owner) for port, owner in sorted(owners.items()))
+
+
+def read_docker(text: str) -> DockerFact:
+    """Reads `docker info --format '{{json .}}'`, or what the client said instead."""
+    line = next((line for line in text.splitlines() if line.startswith("{")), "")
+    try:
+        said = json.loads(line) if line else {}
+    except ValueError:
+        said = {}
+    if not said.get("ServerVersion"):
+        errors = said.get("ServerErrors") or [text.strip() or "docker is not installed"]
+        return DockerFact(error=" ".join(str(errors[-1]).split()))
+    return DockerFact(
+        version=str(said["ServerVersion"]),
+        runtimes=tuple(sorted(said.get("Runtimes") or ())),
+        rootless=any("rootless" in str(option) for option in said.get("SecurityOptions") or ()),
+        root=str(said.get("DockerRootDir") or ""),
+    )
+
+
+def read_routes(text: str) -> dict[str, str]:
+    """Reads `<address> <answer of ip route get>` lines into address -> interface."""
+    routes = {}
+    for line in text.splitlines():
+        address, _, answer = line.partition(" ")
+        if match := re.search(r"\bdev (\S+)", answer):
+            routes[address] = match[1]
+    return routes
+
+
+def _integer(text: str) -> int:
+    match = re.match(r"\d+", text)
+    return int(match[0]) if match else 0
+
+
+PROBES = (
+    Probe(
+        name="system",
+        read=read_system,
+        text="""
+echo "kernel=$(uname -sr)"; echo "arch=$(uname -m)"; echo "user=$(id -un)"; echo "uid=$(id -u)"; echo "gid=$(id -g)"
+echo "home=$HOME"; echo "cpus=$(getconf _NPROCESSORS_ONLN)"
+echo "memory=$(sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo)"
+echo "shm=$(df -Pk /dev/shm | sed -n '2s/^[^ ]* *\\([0-9]*\\).*/\\1/p')"; echo "clock=$(date +%s.%N)"
+""",
+    ),
+    Probe(
+        name="gpus",
+        read=read_gpus,
+        text="""
+command -v nvidia-smi >/dev/null && nvidia-smi --format=csv,noheader,nounits \\
+  --query-gpu=index,name,uuid,memory.total,driver_version,compute_cap
+""",
+    ),
+    Probe(name="nics", read=read_nics, text="ip -o addr show up scope global"),
+    Probe(
+        name="disks",
+        read=read_disks,
+        text="""
+root=$(stat -Lc %d /)
+printf '%s\\n' "$paths" | while IFS= read -r path; do
+  [ -n "$path" ] || continue
+  case $path in '~/'*) full=$HOME/${path#??} ;; *) full=$path ;; esac
+  if [ -d "$full" ]; then kind=dir; elif [ -e "$full" ]; then kind=file; else echo "none - - - - $path"; continue; fi
+  [ -w "$full" ] && mode=w || mode=-
+  set -- $(df -Pk "$full" | sed -n 2p); free=$4
+  echo "$kind $(stat -Lc %d "$full") $root $mode ${free:-0} $path"
+done
+""",
+    ),
+    Probe(
+        name="listeners",
+        read=read_listeners,
+        text="ss -Hltnp 2>/dev/null || cat /proc/net/tcp /proc/net/tcp6",
+    ),
+    Probe(
+        name="docker",
+        read=read_docker,
+        text="""[ "$engine" = docker ] && { docker info --format '{{json .}}' || true; }""",
+    ),
+    Probe(
+        name="routes",
+        read=read_routes,
+        text="""for peer in $peers; do echo "$peer $(ip route get "$peer" 2>/dev/null | head -n 1)"; done""",
+    ),
+)
+
+_MARK = "--8<-- fact "
+
+
+def survey_command(*, paths: Iterable[str], peers: Iterable[str], engine: str) -> Command:
+    """One script that asks everything. `paths` to look at, `peers` (IP literals) to find a way to."""
+    asks = "\n".join(f"printf '\\n%s\\n' '{_MARK}{probe.name}'\n( {probe.text.strip()}\n) 2>&1" for probe in PROBES)
+    return script(
+        f'paths=$1; peers=$2; engine=$3; exec </dev/null; export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"\n{asks}\nexit 0',
+        "\n".join(paths),
+        " ".join(peers),
+        engine,
+    )
+
+
+def read_survey(text: str, *, sent: float, received: float) -> NodeFacts:
+    """Reads the script's whole answer; `sent` and `received` (our clock) bound the clock offset."""
+    parts = dict(part.split("\n", 1) for part in text.split(f"\n{_MARK}")[1:] if "\n" in part)
+    answers = {probe.name: probe.read(parts.get(probe.name, "")) for probe in PROBES}
+    system = answers["system"]
+    assert isinstance(system, System)
+    # The clock was read somewhere between sending and receiving: within that window there is no skew to speak of.
+    early, late = system.clock - received, system.clock - sent
+    offset = early if early > 0 else late if late < 0 else 0.0
+    return NodeFacts(**answers, clock_offset=offset if system.clock else 0.0)  # type: ignore[arg-type]
