@@ -1,0 +1,149 @@
+"""`accelerate launch`, with its failures as data: which rank, which code, which signal, when. Not a launcher of its own.
+
+Usage: python3 launch.py [arguments of `accelerate launch`]
+
+When ranks fail, torchrun knows everything about it and prints sixty lines. This writes the same as JSON to the
+file named by LAUNCHER_FAILURES, a list sorted by time of
+{"rank", "local_rank", "exit_code", "signal", "time", "type", "message"}, and prints one line.
+A rank that died of a signal has exit_code 128 + its number. Exits with the first failure's code if that is
+1 to 125, else with 1; with 128 + N when signal N stopped the launch itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+# Mistakes of configuration and of the network: their text is enough, a traceback through torch would hide it.
+PLAIN = ("ValueError", "ConnectionError", "DistNetworkError", "DistStoreError", "TimeoutError", "FileNotFoundError")
+
+
+def main(argv: list[str]) -> int:
+    """Launch, and answer with the exit code."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    deaths = Deaths()
+    try:
+        launch_command(launch_command_parser().parse_args(argv))
+    except ChildFailedError as error:
+        failures = read_failures(error.failures, deaths=deaths.times)
+        write(failures)
+        print(summary(failures[0]), file=sys.stderr)
+        return code_of(failures[0]["exit_code"])
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except Exception as error:  # noqa: BLE001 - whatever it is, it ends the launch and must be recorded
+        name = type(error).__name__
+        write([failure(time=time.time(), kind=name, message=str(error))])
+        if name not in PLAIN:
+            traceback.print_exc()
+        print(f"launch: {name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Deaths:
+    """When each child died. torchrun looks ten times a second and keeps whole seconds: too coarse to find a cause."""
+
+    def __init__(self) -> None:
+        self.times: dict[int, float] = {}
+        signal.signal(signal.SIGCHLD, self._note)
+
+    def _note(self, _signal: int, _frame: object) -> None:
+        now = time.time()
+        for pid in children():
+            if pid not in self.times and is_dead(pid):
+                self.times[pid] = now
+
+
+def children() -> list[int]:
+    """The process ids of our children, also those that are dead and not yet reaped; none where /proc has no such file."""
+    try:
+        tasks = Path("/proc/self/task").iterdir()
+        return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    except OSError:
+        return []
+
+
+def is_dead(pid: int) -> bool:
+    """Look without reaping: the status belongs to torchrun."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
+
+
+def read_failures(failures: dict[int, Any], *, deaths: dict[int, float]) -> list[dict[str, Any]]:
+    """From torchrun's {rank: ProcessFailure} to our records, the first cause first."""
+    records = [
+        failure(
+            rank=rank,
+            local_rank=seen.local_rank,
+            exit_code=seen.exitcode if seen.exitcode >= 0 else 128 - seen.exitcode,
+            signal_name=seen.signal_name() if seen.exitcode < 0 else None,
+            time=deaths.get(seen.pid, float(seen.timestamp)),
+            message=message_of(seen),
+        )
+        for rank, seen in failures.items()
+    ]
+    return sorted(records, key=lambda record: record["time"])
+
+
+def failure(
+    *,
+    time: float,
+    kind: str | None = None,
+    message: str = "",
+    rank: int | None = None,
+    local_rank: int | None = None,
+    exit_code: int = 1,
+    signal_name: str | None = None,
+) -> dict[str, Any]:
+    """One record."""
+    return {
+        "rank": rank,
+        "local_rank": local_rank,
+        "exit_code": exit_code,
+        "signal": signal_name,
+        "time": time,
+        "type": kind,
+        "message": message,
+    }
+
+
+def message_of(seen: Any) -> str:
+    """What the rank itself reported in torchrun's error file, if it did."""
+    if not Path(seen.error_file).is_file():
+        return ""
+    message = seen.message
+    return str(message.get("message", "")) if isinstance(message, dict) else str(message)
+
+
+def code_of(exit_code: int) -> int:
+    """A worker's own code where a shell can tell it from a signal's, else 1."""
+    return exit_code if 1 <= exit_code <= 125 else 1
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The one line."""
+    how = record["signal"] or f"exit {record['exit_code']}"
+    return f"launch: rank {record['rank']} (local rank {record['local_rank']}) failed first: {how}"
+
+
+def write(failures: list[dict[str, Any]]) -> None:
+    """To the file the agent named; without one (launched by hand) nowhere."""
+    path = os.environ.get("LAUNCHER_FAILURES")
+    if path:
+        Path(path).write_text(json.dumps(failures), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
