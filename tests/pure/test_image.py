@@ -1,0 +1,210 @@
+"""The image as a value: the same recipe, the same name; a changed one, another."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import InputError
+from launcher.image import (
+    Entry,
+    Progress,
+    Recipe,
+    base_tag,
+    build_arguments,
+    choose_wheels,
+    context_folder,
+    fingerprint,
+    load_context,
+    read_pins,
+    read_progress,
+    tag,
+    write_context,
+)
+
+ROOT = Path(__file__).parents[2]
+CPU = Recipe(flavour="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "docker"
+    made.mkdir()
+    (made / "Dockerfile").write_text("FROM scratch\n")
+    (made / "requirements.txt").write_text("torch==2.13.0\n")
+    (made / "base.sh").write_text("not for the builder\n")
+    return made
+
+
+def names(entries: tuple[Entry, ...]) -> list[str]:
+    return [entry.name for entry in entries]
+
+
+def name_of(folder: Path, recipe: Recipe, *, base_id: str | None = None) -> str:
+    entries = load_context(folder, recipe)
+    return tag(recipe.flavour, fingerprint(entries, build_arguments(recipe), base_id=base_id))
+
+
+def test_the_image_and_the_local_extra_pin_the_same_versions() -> None:
+    pinned = read_pins((context_folder() / "requirements.txt").read_text())
+    # tomllib is younger than Python 3.10: the extra is read as text.
+    project = (ROOT / "pyproject.toml").read_text()
+    extra = re.search(r"^local = \[\n(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    assert extra is not None
+    local = read_pins("\n".join(re.findall(r'"([^"]+)"', extra[1])))
+    assert local == {name: version for name, version in pinned.items() if name != "safetensors"}
+
+
+def test_the_docker_folder_is_no_package() -> None:
+    # With an __init__.py it would shadow the Docker SDK for everything that runs in the root of a checkout.
+    assert not list((ROOT / "docker").rglob("__init__.py"))
+
+
+def test_the_dockerfile_keeps_to_the_classic_builder() -> None:
+    dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
+    assert not re.search(r"--mount=|<<|--link|--chmod|^# *syntax=", dockerfile, re.MULTILINE)
+
+
+def test_every_argument_we_pass_is_declared_in_the_dockerfile() -> None:
+    declared = set(re.findall(r"^ARG (\w+)", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE))
+    everything = Recipe(flavour="cuda", base="b", pip_index="i", apt_mirror="m", cuda_architectures="9.0")
+    assert set(build_arguments(everything)) <= declared
+
+
+def test_only_what_was_chosen_becomes_an_argument() -> None:
+    assert build_arguments(CPU, base="launcher/base:bookworm") == {
+        "BASE": "launcher/base:bookworm",
+        "FLAVOUR": "cpu",
+    }
+    assert build_arguments(
+        Recipe(base="debian:13", pip_index="https://pip.example/simple", apt_mirror="http://apt")
+    ) == {
+        "BASE": "debian:13",
+        "FLAVOUR": "cuda",
+        "PIP_INDEX_URL": "https://pip.example/simple",
+        "APT_MIRROR": "http://apt",
+        "CUDA_ARCHITECTURES": "8.0;8.6;8.9;9.0;10.0;12.0+PTX",
+    }
+
+
+def test_an_unchanged_recipe_has_the_same_name_and_every_change_another(folder: Path, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl").write_bytes(b"one")
+    authority = tmp_path / "site.pem"
+    authority.write_text("certificate")
+    first = name_of(folder, CPU)
+    seen = [
+        first,
+        name_of(folder, CPU, base_id="sha256:1"),
+        name_of(folder, Recipe(flavour="cpu", ca_bundle=authority)),
+        name_of(folder, Recipe(flavour="cpu", wheels=wheels)),
+        name_of(folder, Recipe(flavour="cpu", base="debian:13")),
+        name_of(folder, Recipe(flavour="cuda")),
+        name_of(folder, Recipe(flavour="cuda", cuda_architectures="9.0")),
+    ]
+    assert re.fullmatch(r"launcher/cpu:[0-9a-f]{12}", first)
+    assert len(set(seen)) == len(seen)
+    assert name_of(folder, CPU) == first
+    assert name_of(folder, Recipe(flavour="cpu", cuda_architectures="9.0")) == first
+    (wheels / "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl").write_bytes(b"two")
+    assert name_of(folder, Recipe(flavour="cpu", wheels=wheels)) not in seen
+    (folder / "Dockerfile").write_text("FROM something\n")
+    assert name_of(folder, CPU) not in seen
+
+
+def test_the_context_holds_the_folder_the_certificates_and_the_wheels(folder: Path, tmp_path: Path) -> None:
+    authorities = tmp_path / "ca"
+    authorities.mkdir()
+    (authorities / "site.crt").write_text("certificate")
+    (authorities / "README").write_text("not a certificate")
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl").write_bytes(b"wheel")
+    (wheels / "notes.txt").write_text("not a wheel")
+    entries = load_context(folder, Recipe(flavour="cpu", ca_bundle=authorities, wheels=wheels))
+    assert names(entries) == [
+        "Dockerfile",
+        "ca/site.crt",
+        "requirements.txt",
+        "wheels/torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl",
+    ]
+
+
+def test_the_tar_is_the_same_everywhere_and_tells_nothing_about_its_maker(folder: Path) -> None:
+    first, second = io.BytesIO(), io.BytesIO()
+    write_context(load_context(folder, CPU), first)
+    (folder / "Dockerfile").touch()
+    write_context(load_context(folder, CPU), second)
+    assert first.getvalue() == second.getvalue()
+    first.seek(0)
+    with tarfile.open(fileobj=first) as archive:
+        told = [(one.name, one.isdir(), one.mode, one.uid, one.uname, one.mtime) for one in archive]
+    assert told == [
+        ("ca", True, 0o755, 0, "", 0),
+        ("wheels", True, 0o755, 0, "", 0),
+        ("Dockerfile", False, 0o644, 0, "", 0),
+        ("requirements.txt", False, 0o644, 0, "", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flavour", "chosen"),
+    [
+        ("cpu", ["deepspeed-0.19.8.tar.gz", "numpy-2.4.6-cp311.whl", "torch-2.13.0+cpu-cp311.whl"]),
+        ("cuda", ["deepspeed-0.19.8.tar.gz", "numpy-2.4.6-cp311.whl", "nvidia_nvjitlink-13.0-py3.whl"]),
+    ],
+)
+def test_a_wheel_folder_may_serve_both_flavours_and_older_images(flavour: str, chosen: list[str]) -> None:
+    found = [
+        "README.md",
+        "deepspeed-0.18.0.tar.gz",
+        "deepspeed-0.19.8.tar.gz",
+        "numpy-2.4.6-cp311.whl",
+        "nvidia_nvjitlink-13.0-py3.whl",
+        "torch-2.12.0+cpu-cp311.whl",
+        "torch-2.13.0+cpu-cp311.whl",
+    ]
+    pins = {"torch": "2.13.0", "deepspeed": "0.19.8"}
+    assert list(choose_wheels(found, pins=pins, flavour="cpu" if flavour == "cpu" else "cuda")) == chosen
+
+
+def test_a_path_that_is_not_there_is_said_before_anything_is_built(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="wheel folder does not exist"):
+        load_context(folder, Recipe(flavour="cpu", wheels=tmp_path / "gone"))
+    with pytest.raises(InputError, match="no CA certificate"):
+        load_context(folder, Recipe(flavour="cpu", ca_bundle=tmp_path / "gone.pem"))
+    with pytest.raises(InputError, match="no Dockerfile"):
+        load_context(tmp_path, CPU)
+
+
+def test_the_builders_messages_become_progress() -> None:
+    said: list[dict[str, object]] = [
+        {"stream": "Step 2/9 : RUN sh torch.sh"},
+        {"stream": "\n"},
+        {"stream": " ---> Running in 7c06\n"},
+        {"stream": "\x1b[91mCollecting torch\n\x1b[0m"},
+        {"status": "Downloading", "id": "a1b2", "progress": "[=>  ] 1MB/3MB"},
+        {"aux": {"ID": "sha256:1"}},
+    ]
+    seen = [Progress()]
+    for message in said:
+        seen.append(read_progress(message, after=seen[-1]))
+    assert [(one.step, one.total, one.text) for one in seen[1:]] == [
+        (2, 9, ""),
+        (2, 9, ""),
+        (2, 9, "---> Running in 7c06"),
+        (2, 9, "Collecting torch"),
+        (2, 9, "a1b2 Downloading [=>  ] 1MB/3MB"),
+        (2, 9, "a1b2 Downloading [=>  ] 1MB/3MB"),
+    ]
+    assert {one.instruction for one in seen[1:]} == {"RUN sh torch.sh"}
+
+
+def test_the_base_is_named_after_the_script_that_makes_it() -> None:
+    assert base_tag(b"one") == base_tag(b"one") != base_tag(b"two")
+    assert base_tag(b"one", suite="trixie").startswith("launcher/base:trixie-")
