@@ -1,0 +1,247 @@
+"""Preflight judgment: what the facts say against starting. Pure; every finding names node, cause and cure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.engine import engine_error
+from cluster.errors import PreconditionError
+from cluster.facts import Disk, NodeFacts
+from cluster.inventory import Inventory, Node
+from launcher.plan import choose_address, node_root, slots_of
+
+GIB = 1024**3
+# Below this a run cannot even write its logs and a small checkpoint.
+LEAST_FREE = 256 * 1024**2
+SKEW_WARNS, SKEW_REFUSES = 2.0, 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that speaks against starting. An `error` forbids it unless its `id` is ignored by name."""
+
+    id: str
+    level: Literal["error", "warning"]
+    node: str
+    what: str
+    next_step: str
+
+    def __str__(self) -> str:
+        return f"node {self.node}: {self.what} [{self.id}]\n  next: {self.next_step}"
+
+
+def paths_to_ask(inventory: Inventory, node: Node) -> tuple[str, ...]:
+    """The paths of one node that the survey must look at; those of the state folder up to its first parent."""
+    paths = [*node.nvme, node.paths.checkpoints, node.paths.data, node.paths.cache]
+    paths += [mount.source for mount in inventory.container.mounts]
+    paths += list(inventory.container.devices)
+    state = "~/." if node.paths.state.startswith("~/") else node.paths.state
+    return (*dict.fromkeys(path for path in paths if path), state)
+
+
+def peers_to_ask(inventory: Inventory) -> tuple[str, ...]:
+    """The addresses that every node must find a way to."""
+    return tuple(node.address or node.host for node in inventory.nodes)
+
+
+def findings(
+    inventory: Inventory, facts: Mapping[str, NodeFacts], *, port: int | None = None, nvme: bool = False
+) -> tuple[Finding, ...]:
+    """Everything that speaks against starting. `port`: about to be listened on; `nvme`: the job swaps to NVMe."""
+    found = [
+        finding
+        for node in inventory.nodes
+        for look in (_engine, _gpus, _disks, _clock, _address)
+        for finding in look(inventory, node, facts[node.name])
+    ]
+    if port is not None:
+        found += _port(inventory.nodes[0], facts[inventory.nodes[0].name], port)
+    if nvme:
+        found += [
+            _error("nvme-none", node.name, "the job offloads to NVMe, and the node has no NVMe path", "set nvme: [/path]")
+            for node in inventory.nodes
+            if not node.nvme
+        ]
+    return (*found, *_differences(inventory, facts))
+
+
+def judge(found: tuple[Finding, ...], *, ignored: tuple[str, ...]) -> tuple[Finding, ...]:
+    """The findings that are left to be told; `PreconditionError` when one of them forbids the start."""
+    left = tuple(finding for finding in found if finding.id not in ignored)
+    errors = [finding for finding in left if finding.level == "error"]
+    if errors:
+        first, *others = errors
+        raise PreconditionError(
+            f"{first.what} [{first.id}]",
+            where=f"node {first.node}",
+            detail=tuple(line for other in others for line in str(other).splitlines()),
+            next_step=first.next_step,
+        )
+    return left
+
+
+def _error(name: str, node: str, what: str, cure: str) -> Finding:
+    return Finding(id=name, level="error", node=node, what=what, next_step=cure)
+
+
+def _warning(name: str, node: str, what: str, cure: str) -> Finding:
+    return Finding(id=name, level="warning", node=node, what=what, next_step=cure)
+
+
+def _engine(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:
+    if inventory.engine != "docker":
+        return
+    if error := engine_error(node.name, facts.docker.error):
+        yield _error("docker", node.name, f"{error.what}: {error.detail[-1]}", error.next_step or "")
+    elif inventory.accelerator == "cuda" and not any("nvidia" in name for name in facts.docker.runtimes):
+        yield _warning(
+            "nvidia-runtime",
+            node.name,
+            "Docker has no nvidia runtime",
+            "install nvidia-container-toolkit and run: sudo nvidia-ctk runtime configure --runtime=docker",
+        )
+
+
+def _gpus(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:
+    if inventory.accelerator != "cuda":
+        return
+    if not facts.gpus:
+        yield _error(
+            "gpu-none", node.name, "nvidia-smi finds no GPU", "install the NVIDIA driver, or set accelerator: cpu"
+        )
+    elif slots_of(inventory, node, facts) > len(facts.gpus):
+        yield _error(
+            "gpu-few",
+            node.name,
+            f"{node.slots} slots, and {len(facts.gpus)} GPUs",
+            f"set slots: {len(facts.gpus)} for {node.name}",
+        )
+
+
+def _disks(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:
+    for path in node.nvme:
+        disk = facts.disk(path)
+        yield from _place(node, disk, "NVMe path", write=True)
+        if disk.exists and disk.on_root:
+            yield _error(
+                "nvme-on-root",
+                node.name,
+                f"the NVMe path {path} is no mount: it lies on the root disk, which offloading would fill",
+                f"mount the drive at {path}, or accept it with --ignore nvme-on-root",
+            )
+    if node.paths.checkpoints:
+        disk = facts.disk(node.paths.checkpoints)
+        yield from _place(node, disk, "checkpoint path", write=True)
+        if disk.exists and disk.on_root:
+            yield _warning(
+                "checkpoints-on-root",
+                node.name,
+                f"the checkpoint path {disk.path} lies on the root disk",
+                "mount a disk there, or accept it with --ignore checkpoints-on-root",
+            )
+    if node.paths.data:
+        yield from _place(node, facts.disk(node.paths.data), "data path", write=False)
+    if node.paths.cache:
+        yield from _place(node, facts.disk(node.paths.cache), "cache path", write=True)
+    for mount in inventory.container.mounts:
+        yield from _exists(node, facts.disk(mount.source), "mount source")
+    for device in inventory.container.devices:
+        yield from _exists(node, facts.disk(device), "device")
+    state = facts.disk(paths_to_ask(inventory, node)[-1])
+    if state.exists and state.free < LEAST_FREE:
+        yield _full(node, node_root(inventory, node, facts), state)
+
+
+def _place(node: Node, disk: Disk, what: str, *, write: bool) -> Iterator[Finding]:
+    yield from _exists(node, disk, what)
+    if not disk.exists:
+        return
+    if not disk.is_dir:
+        yield _error("path-kind", node.name, f"the {what} {disk.path} is no directory", "name a directory")
+    elif write and not disk.writable:
+        yield _error(
+            "path-read-only",
+            node.name,
+            f"the {what} {disk.path} is not writable for this user",
+            f"on the node: sudo chown $USER {disk.path} (or remount it read-write)",
+        )
+    elif write and disk.free < LEAST_FREE:
+        yield _full(node, disk.path, disk)
+
+
+def _exists(node: Node, disk: Disk, what: str) -> Iterator[Finding]:
+    if not disk.exists:
+        yield _error(
+            "path-missing", node.name, f"the {what} {disk.path} does not exist", "create or mount it; we never would"
+        )
+
+
+def _full(node: Node, path: str, disk: Disk) -> Finding:
+    return _error(
+        "disk-full",
+        node.name,
+        f"no space left at {path}: {disk.free // 1024**2} MiB free, at least {LEAST_FREE // 1024**2} MiB needed",
+        "remove what is not needed there, or name another path",
+    )
+
+
+def _clock(_inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:
+    offset = facts.clock_offset
+    if abs(offset) > SKEW_REFUSES:
+        yield _error("clock", node.name, f"its clock is {offset:+.0f} s off", "synchronise it (chrony, timesyncd)")
+    elif abs(offset) > SKEW_WARNS:
+        yield _warning("clock", node.name, f"its clock is {offset:+.1f} s off", "synchronise it (chrony, timesyncd)")
+
+
+def _address(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:
+    own = {address for nic in facts.nics for address in nic.addresses}
+    address = choose_address(node, facts, alone=len(inventory.nodes) == 1)
+    if own and address not in own and not address.startswith("127."):
+        yield _error(
+            "address",
+            node.name,
+            f"its training address {address} is none of its own ({', '.join(sorted(own))})",
+            f"set address: for {node.name} to one of them",
+        )
+    if node.nic and node.nic not in {nic.name for nic in facts.nics} | {"lo"}:
+        yield _error(
+            "nic",
+            node.name,
+            f"it has no interface {node.nic} that is up",
+            f"choose one of: {', '.join(nic.name for nic in facts.nics)}",
+        )
+
+
+def _port(node: Node, facts: NodeFacts, port: int) -> Iterator[Finding]:
+    for listener in facts.listeners:
+        if listener.port == port:
+            owner = f" by {listener.owner}" if listener.owner else ""
+            yield _error(
+                "port-busy",
+                node.name,
+                f"port {port}, where the processes would meet, is taken{owner}",
+                "use --port auto, or another master_port in the inventory",
+            )
+
+
+def _differences(inventory: Inventory, facts: Mapping[str, NodeFacts]) -> Iterator[Finding]:
+    first = inventory.nodes[0]
+    for node in inventory.nodes[1:]:
+        one, other = facts[first.name], facts[node.name]
+        if one.system.arch != other.system.arch:
+            yield _error(
+                "arch-differs",
+                node.name,
+                f"it is {other.system.arch}, and {first.name} is {one.system.arch}",
+                "one image serves one architecture: keep such nodes in an inventory of their own",
+            )
+        drivers = {gpu.driver for gpu in one.gpus}, {gpu.driver for gpu in other.gpus}
+        if all(drivers) and drivers[0] != drivers[1]:
+            yield _warning(
+                "driver-differs",
+                node.name,
+                f"its NVIDIA driver is {', '.join(drivers[1])}, on {first.name} it is {', '.join(drivers[0])}",
+                "install the same driver on all nodes",
+            )

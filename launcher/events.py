@@ -1,0 +1,127 @@
+"""Events: what happened to a run, as values. The only memory; everything shown later is read from them.
+
+Each is one JSON line `{"event": "NodeEnded", "time": 1700000000.1, …}`; unknown events of a newer version are skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened at `time` (seconds since 1970, our clock)."""
+
+    time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunBegan(Event):
+    """A launch was planned: these nodes in the order of their ranks."""
+
+    run: str
+    cluster: str
+    nodes: tuple[str, ...]
+    world_size: int
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageBegan(Event):
+    """One of build, ship, prepare, start, watch, stop."""
+
+    stage: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodeArrived(Event):
+    """A node has the snapshot; `bytes` had to be sent for it."""
+
+    node: str
+    digest: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageArrived(Event):
+    """A node has the image that it lacked."""
+
+    node: str
+    image: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStarted(Event):
+    """A node's container runs."""
+
+    node: str
+    container: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """How one rank ended badly, as its own node saw it; `time` by that node's clock."""
+
+    rank: int | None
+    exit_code: int
+    signal: str | None
+    time: float
+    type: str | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeEnded(Event):
+    """A node's container ended. `stopped` when it was told to, `oom` when the kernel killed it for memory."""
+
+    node: str
+    code: int
+    oom: bool = False
+    stopped: bool = False
+    lost: str = ""
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEnded(Event):
+    """The run is over on every node; `cause` is the first cause when it did not end well."""
+
+    code: int
+    cause: str = ""
+
+
+KINDS: tuple[type[Event], ...] = (
+    RunBegan,
+    StageBegan,
+    CodeArrived,
+    ImageArrived,
+    NodeStarted,
+    NodeEnded,
+    RunEnded,
+)
+Emit = Callable[[Event], None]
+
+
+def to_json(event: Event) -> str:
+    """One line, without its end."""
+    return json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}, ensure_ascii=False)
+
+
+def from_json(line: str) -> Event | None:
+    """The event of a line; None for a torn line, or an event of a newer version."""
+    try:
+        said: dict[str, Any] = json.loads(line)
+        kind = next(kind for kind in KINDS if kind.__name__ == said.pop("event"))
+        for name, value in said.items():
+            if name == "failures":
+                said[name] = tuple(Failure(**failure) for failure in value)
+            elif isinstance(value, list):
+                said[name] = tuple(value)
+        return kind(**said)
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration):
+        return None
