@@ -23,6 +23,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 mirror="${mirror%/}"
+mirror="${mirror%/debian}"
 
 if ! command -v debootstrap >/dev/null; then
     echo "base.sh: debootstrap is missing

@@ -73,7 +73,7 @@ def load_context(folder: Path, recipe: Recipe) -> tuple[Entry, ...]:
     pins = read_pins(files["requirements.txt"].read_text(encoding="utf-8"))
     entries = [
         *(make_entry(name, path.read_bytes()) for name, path in files.items()),
-        *(make_entry(f"ca/{name}", content) for name, content in _authorities(recipe.ca_bundle)),
+        *(make_entry(f"ca/{name}", content) for name, content in read_authorities(recipe.ca_bundle)),
         *(_wheel(path) for path in _wheels(recipe.wheels, pins=pins, flavour=recipe.flavour)),
     ]
     return tuple(sorted(entries, key=lambda entry: entry.name))
@@ -82,6 +82,17 @@ def load_context(folder: Path, recipe: Recipe) -> tuple[Entry, ...]:
 def make_entry(name: str, content: bytes) -> Entry:
     """A small file of the context, from its bytes."""
     return Entry(name=name, size=len(content), digest=hashlib.sha256(content).hexdigest(), source=content)
+
+
+def read_authorities(bundle: Path | None) -> Iterator[tuple[str, bytes]]:
+    """Certificates under the names that update-ca-certificates looks for (*.crt)."""
+    if bundle is None:
+        return
+    found = sorted(bundle.glob("*.crt")) if bundle.is_dir() else [bundle]
+    if not found or not all(path.is_file() for path in found):
+        raise InputError("no CA certificate there", where=str(bundle), next_step="give a PEM file or a folder of *.crt")
+    for path in found:
+        yield f"{path.stem}.crt", path.read_bytes()
 
 
 def read_pins(requirements: str) -> dict[str, str]:
@@ -106,11 +117,16 @@ def build_arguments(recipe: Recipe, *, base: str | None = None) -> dict[str, str
         "BASE": recipe.base or base or DEFAULT_BASE,
         "FLAVOUR": recipe.flavour,
         "PIP_INDEX_URL": recipe.pip_index or "",
-        "APT_MIRROR": recipe.apt_mirror or "",
+        "APT_MIRROR": mirror_host(recipe.apt_mirror or ""),
         # Architectures of GPUs must not make a CPU image a different one.
         "CUDA_ARCHITECTURES": recipe.cuda_architectures if recipe.flavour == "cuda" else "",
     }
     return {name: value for name, value in arguments.items() if value}
+
+
+def mirror_host(mirror: str) -> str:
+    """A mirror without the path of Debian itself: people write it with and without."""
+    return mirror.rstrip("/").removesuffix("/debian")
 
 
 def fingerprint(entries: Iterable[Entry], arguments: Mapping[str, str], *, base_id: str | None = None) -> str:
@@ -192,17 +208,6 @@ def _wheel(path: Path) -> Entry:
     return Entry(name=f"wheels/{path.name}", size=size, digest=digest, source=path)
 
 
-def _authorities(bundle: Path | None) -> Iterator[tuple[str, bytes]]:
-    """Certificates under the names that update-ca-certificates looks for (*.crt)."""
-    if bundle is None:
-        return
-    found = sorted(bundle.glob("*.crt")) if bundle.is_dir() else [bundle]
-    if not found or not all(path.is_file() for path in found):
-        raise InputError("no CA certificate there", where=str(bundle), next_step="give a PEM file or a folder of *.crt")
-    for path in found:
-        yield f"{path.stem}.crt", path.read_bytes()
-
-
 def _wheels(folder: Path | None, *, pins: Mapping[str, str], flavour: Flavour) -> Iterator[Path]:
     if folder is None:
         return
@@ -234,9 +239,10 @@ def _project(name: str) -> str:
 
 
 def _header(name: str, *, size: int, folder: bool) -> tarfile.TarInfo:
-    """A header that tells nothing about the machine: no owner, no time."""
+    """A header that tells nothing about the machine: root's, and of no time."""
     header = tarfile.TarInfo(name)
     header.size = size
     header.type = tarfile.DIRTYPE if folder else tarfile.REGTYPE
     header.mode = 0o755 if folder else 0o644
+    header.uname = header.gname = "root"
     return header

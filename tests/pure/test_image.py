@@ -145,10 +145,10 @@ def test_the_tar_is_the_same_everywhere_and_tells_nothing_about_its_maker(folder
     with tarfile.open(fileobj=first) as archive:
         told = [(one.name, one.isdir(), one.mode, one.uid, one.uname, one.mtime) for one in archive]
     assert told == [
-        ("ca", True, 0o755, 0, "", 0),
-        ("wheels", True, 0o755, 0, "", 0),
-        ("Dockerfile", False, 0o644, 0, "", 0),
-        ("requirements.txt", False, 0o644, 0, "", 0),
+        ("ca", True, 0o755, 0, "root", 0),
+        ("wheels", True, 0o755, 0, "root", 0),
+        ("Dockerfile", False, 0o644, 0, "root", 0),
+        ("requirements.txt", False, 0o644, 0, "root", 0),
     ]
 
 
