@@ -13,17 +13,22 @@ It is not a wrapper the script could notice: `__main__`, `sys.argv`, `sys.path[0
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
 
+PR_SET_PDEATHSIG = 1
+
 
 def main(argv: list[str]) -> None:
     """Run the script as `__main__`; leaves by the exit code of the script."""
+    die_with_parent()
     connect_output()
     sys.argv = argv
     script = argv[0]
@@ -38,11 +43,18 @@ def main(argv: list[str]) -> None:
         if leaving.code not in (None, 0):
             record(leaving)
             raise
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the script is a guest: whatever it raises is reported
         record(error)
-        sys.excepthook(type(error), error, strip(error.__traceback__))
+        error.__traceback__ = strip(error.__traceback__)  # excepthook looks here, whatever it is given
+        sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     leave_process_group()
+
+
+def die_with_parent() -> None:
+    """A rank must not outlive a torchrun that was killed. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def connect_output() -> None:

@@ -1,4 +1,4 @@
-"""`accelerate launch`, with its failures as data: which rank, which code, which signal, when. Not a launcher of its own.
+"""`accelerate launch`, with its failures as data: which rank, what code or signal, when. Not a launcher of its own.
 
 Usage: python3 launch.py [arguments of `accelerate launch`]
 
@@ -11,6 +11,7 @@ A rank that died of a signal has exit_code 128 + its number. Exits with the firs
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -22,10 +23,13 @@ from typing import Any
 
 # Mistakes of configuration and of the network: their text is enough, a traceback through torch would hide it.
 PLAIN = ("ValueError", "ConnectionError", "DistNetworkError", "DistStoreError", "TimeoutError", "FileNotFoundError")
+LARGEST_OWN = 125  # codes above belong to shells and signals
+PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> int:
     """Launch, and answer with the exit code."""
+    die_with_parent()
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -50,6 +54,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def die_with_parent() -> None:
+    """The launch must not outlive an agent that was killed. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Deaths:
     """When each child died. torchrun looks ten times a second and keeps whole seconds: too coarse to find a cause."""
 
@@ -65,7 +75,7 @@ class Deaths:
 
 
 def children() -> list[int]:
-    """The process ids of our children, also those that are dead and not yet reaped; none where /proc has no such file."""
+    """The process ids of our children, dead and unreaped ones too; none where /proc does not tell."""
     try:
         tasks = Path("/proc/self/task").iterdir()
         return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
@@ -129,7 +139,7 @@ def message_of(seen: Any) -> str:
 
 def code_of(exit_code: int) -> int:
     """A worker's own code where a shell can tell it from a signal's, else 1."""
-    return exit_code if 1 <= exit_code <= 125 else 1
+    return exit_code if 1 <= exit_code <= LARGEST_OWN else 1
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -1,0 +1,144 @@
+"""Runs of the real agent in real processes; the job behind it is a small script instead of accelerate."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+INSIDE = Path(__file__).parents[2] / "launcher" / "inside"
+
+# A launch.py that starts local ranks as torchrun does: each in a session of its own, under bootstrap.py.
+FAKE_LAUNCH = """
+import os, signal, subprocess, sys
+count = int(os.environ["COUNT"])
+def start(rank):
+    env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    return subprocess.Popen([sys.executable, *sys.argv[1:]], env=env, start_new_session=True)
+ranks = [start(rank) for rank in range(count)]
+def stop(*_):
+    for rank in ranks:
+        rank.terminate()
+signal.signal(signal.SIGTERM, stop)
+print("started", count, flush=True)
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+@dataclass
+class Ended:
+    """What a run left."""
+
+    status: int
+    printed: str
+    out: Path
+
+    @property
+    def exit(self) -> dict[str, Any]:
+        return dict(json.loads((self.out / "exit.json").read_text()))
+
+    @property
+    def records(self) -> list[tuple[str, str]]:
+        lines = (self.out / "node.log").read_text().removesuffix("\n").split("\n")
+        return [(rank, text) for _time, rank, text in (line.split(" ", 2) for line in lines)]
+
+    def said(self, rank: str) -> list[str]:
+        return [text for who, text in self.records if who == rank]
+
+
+@dataclass
+class Bench:
+    """Starts agents, and knows afterwards whether anything of theirs still lives."""
+
+    folder: Path
+    agents: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(
+        self,
+        script: str,
+        *arguments: str,
+        ranks: int = 1,
+        launch: str | None = FAKE_LAUNCH,
+        stdout: int | None = subprocess.PIPE,
+        **run: Any,
+    ) -> subprocess.Popen[bytes]:
+        files, out, work = (self.folder / name for name in ("files", "out", "work"))
+        for path in (files, out, work):
+            path.mkdir(exist_ok=True)
+        for name in ("bootstrap.py", "launch.py"):
+            shutil.copy(INSIDE / name, files / name)
+        if launch is not None:
+            (files / "launch.py").write_text(launch)
+        (work / "job.py").write_text(script)
+        request = {
+            "run": "run-1",
+            "node": "node-a",
+            "machine_rank": 0,
+            "world_size": ranks,
+            "local_processes": ranks,
+            "launch": [str(files / "bootstrap.py"), "job.py", *arguments],
+            "env": {"COUNT": str(ranks), "MARK": str(self.folder)} | run.pop("env", {}),
+            "workdir": str(work),
+            "files": str(files),
+            "out": str(out),
+            "secrets": [],
+            "secrets_dir": str(self.folder / "secrets"),
+            "backend": None,
+            "nvme": [],
+            "stop_grace": 5,
+        }
+        path = self.folder / "run.json"
+        path.write_text(json.dumps(request | run))
+        # Copied and run alone, as on a node: it must not need anything beside it.
+        agent = shutil.copy(INSIDE / "agent.py", self.folder / "agent.py")
+        self.agents.append(subprocess.Popen([sys.executable, agent, str(path)], stdout=stdout, stderr=stdout))
+        return self.agents[-1]
+
+    def end(self, agent: subprocess.Popen[bytes]) -> Ended:
+        printed = agent.communicate(timeout=120)[0] or b""
+        return Ended(status=agent.returncode, printed=printed.decode(), out=self.folder / "out")
+
+    def run(self, script: str, *arguments: str, **run: Any) -> Ended:
+        return self.end(self.start(script, *arguments, **run))
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, "it never came to that"
+            time.sleep(0.02)
+
+    def wait_for_line(self, text: str) -> None:
+        log = self.folder / "out" / "node.log"
+        self.wait_for(lambda: log.exists() and text in log.read_text())
+
+    def living(self) -> list[str]:
+        """Commands of the processes that carry our mark in their environment."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"MARK={self.folder}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue
+        return found
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    for agent in made.agents:
+        if agent.poll() is None:
+            os.kill(agent.pid, signal.SIGKILL)
+        agent.communicate()
+    assert made.living() == []
