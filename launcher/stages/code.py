@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import os
 import secrets
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,9 @@ AGAIN = 75
 ATTEMPTS = 4  # a reboot and an edit found on the same visit need a look each
 STATES = frozenset({"whole", "lacking", "edited", "rebooted"})
 END = bytes(tarfile.RECORDSIZE)  # two empty blocks would do; some tars read whole records
+
+# Where a tar header has what differs from file to file.
+NAME, CHECKSUM, TARGET = slice(0, 100), slice(148, 156), slice(157, 257)
 
 # What the node's tools say -> what we say, what to do. `strerror` in the C locale, the same in GNU tools and busybox.
 CURES = {
@@ -100,6 +104,7 @@ mkdir -p -- "$1/blobs" "$1/trees" "$1/stamps" && cd -- "$1" || fail 1
 find . ! -name . -prune -name '.incoming-*' -mtime +0 -exec rm -rf {} + 2>/dev/null
 mkdir "$new" || fail 1
 trap 'rm -rf "$new"' EXIT
+trap 'exit 1' HUP INT TERM
 [ -s boot ] || cat /proc/sys/kernel/random/boot_id > boot 2>/dev/null || :
 tar -C "$new" -x -o -m -f - || fail 1
 cat >/dev/null
@@ -115,6 +120,7 @@ mkdir "$made" || exit 75
 trap 'rm -rf "$new" "$made"' EXIT
 gzip -dc "$new/links.tar.gz" | tar -x -o -m -f - || exit 75
 : > "$new/stamp" && mv -f "$new/stamp" "stamps/$digest" || exit 1
+mv -f "$made/t" "$made/$digest" || exit 1
 mv -f "$made/$digest" trees/ || [ -d "trees/$digest" ] || exit 1
 """
 
@@ -250,8 +256,8 @@ class _Pack:
 
 
 def _pack(snapshot: Snapshot) -> _Pack:
-    folder = f".incoming-tree-{secrets.token_hex(8)}"
-    top = f"{folder}/{snapshot.digest}"
+    folder = f".incoming-{secrets.token_hex(6)}"
+    top = f"{folder}/t"  # short: a name of over 100 bytes takes three blocks of a tar instead of one
     members = [_member(path, tarfile.DIRTYPE, mode=0o755) for path in _folders(top, snapshot.entries)]
     members += (_link_member(top, entry) for entry in snapshot.entries)
     return _Pack(folder=folder, archive=gzip.compress(b"".join((*members, END)), compresslevel=1, mtime=0))
@@ -316,6 +322,20 @@ def _pieces(root: Path, listing: bytes, archive: bytes, missing: list[Entry]) ->
 
 def _member(name: str, kind: bytes, *, size: int = 0, mode: int = 0o444, target: str = "") -> bytes:
     """A tar header in the GNU format, which both GNU tar and busybox read, names byte for byte."""
+    raw_name, raw_target = os.fsencode(name), os.fsencode(target)
+    if max(len(raw_name), len(raw_target)) > tarfile.LENGTH_NAME or kind == tarfile.DIRTYPE:
+        return _header(name, kind, size, mode, target)
+    # The same bytes as `tarfile` makes, in a tenth of the time: a tree has thousands that differ in two fields.
+    header = bytearray(_header("", kind, size, mode, ""))
+    header[NAME] = raw_name.ljust(tarfile.LENGTH_NAME, b"\0")
+    header[TARGET] = raw_target.ljust(tarfile.LENGTH_LINK, b"\0")
+    header[CHECKSUM] = b" " * 8
+    header[CHECKSUM] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@functools.lru_cache(maxsize=64)
+def _header(name: str, kind: bytes, size: int, mode: int, target: str) -> bytes:
     info = tarfile.TarInfo(name)
     info.type, info.size, info.mode, info.linkname = kind, size, mode, target
     return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")

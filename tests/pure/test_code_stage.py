@@ -15,65 +15,26 @@ import pytest
 
 from cluster.command import Command, Result
 from cluster.errors import CommandError, InputError, IntegrityError
-from cluster.transport import Channel, Sink
+from cluster.local import LocalTransport
 from launcher.snapshot import take
 from launcher.stages.code import CodeSent, send_code, sweep_code
 
 Spoil = Callable[[Iterable[bytes]], Iterable[bytes]]
 
 
-class ShellTransport:
-    """This machine by subprocess: only what the stage uses. `spoil` damages what is sent, `before` comes first."""
+class Node(LocalTransport):
+    """This machine, with a line that can be spoilt; counts what goes over it."""
 
-    def __init__(self, *, tools: Path | None = None, spoil: Spoil | None = None) -> None:
-        self.node = "gpu-01"
-        self.tools = tools
-        self.spoil: Spoil = spoil or (lambda chunks: chunks)
+    def __init__(self) -> None:
+        super().__init__("gpu-01")
+        self.spoil: Spoil = lambda chunks: chunks
         self.before_send: Callable[[], None] = lambda: None
         self.sends = 0
-        self.wire = 0
-
-    def open(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def run(self, command: Command, *, timeout: float | None = None) -> Result:  # noqa: ARG002
-        return self._talk(command, (command.stdin,))
 
     def send(self, command: Command, chunks: Iterable[bytes]) -> Result:
         self.before_send()
         self.sends += 1
-        return self._talk(command, self.spoil(chunks))
-
-    def stream(self, command: Command, sink: Sink, *, stop: Callable[[], bool]) -> int:
-        raise NotImplementedError
-
-    def interact(self, command: Command, *, tty: bool) -> int:
-        raise NotImplementedError
-
-    def dial_docker(self) -> Channel:
-        raise NotImplementedError
-
-    def _talk(self, command: Command, chunks: Iterable[bytes]) -> Result:
-        environment = {**os.environ, "PATH": str(self.tools)} if self.tools else dict(os.environ)
-        shell = str(self.tools / "sh") if self.tools else "/bin/sh"
-        with subprocess.Popen(
-            (shell, "-c", command.shell()),
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        ) as process:
-            assert process.stdin is not None
-            try:
-                for chunk in chunks:
-                    self.wire += len(chunk)
-                    process.stdin.write(chunk)
-            except BaseException:
-                process.kill()
-                raise
-            stdout, stderr = process.communicate()
-        return Result(code=process.returncode, stdout=stdout, stderr=stderr)
+        return super().send(command, self.spoil(chunks))
 
 
 @functools.cache
@@ -85,13 +46,15 @@ def busybox_tools(folder: Path, program: str) -> Path:
 
 
 @pytest.fixture(params=["system", "busybox"])
-def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ShellTransport:
-    if request.param == "system":
-        return ShellTransport()
-    program = shutil.which("busybox")
-    if program is None:
-        pytest.skip("no busybox here: apt-get install busybox-static")
-    return ShellTransport(tools=busybox_tools(tmp_path_factory.getbasetemp() / "busybox", program))
+def node(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Node:
+    if request.param == "busybox":
+        program = shutil.which("busybox")
+        if program is None:
+            pytest.skip("no busybox here: apt-get install busybox")
+        monkeypatch.setenv("PATH", str(busybox_tools(tmp_path_factory.getbasetemp() / "busybox", program)))
+    return Node()
 
 
 @pytest.fixture
@@ -139,7 +102,7 @@ def write_odd(path: Path, data: bytes = b"new\n") -> None:
     path.chmod(mode)
 
 
-def test_the_tree_on_the_node_is_the_snapshot(node: ShellTransport, code: Path, store: Path) -> None:
+def test_the_tree_on_the_node_is_the_snapshot(node: Node, code: Path, store: Path) -> None:
     snapshot = take(code)
     sent = send_code(node, snapshot, str(store))
     assert sent == CodeSent(path=f"{store}/trees/{snapshot.digest}", files_sent=3, bytes_sent=18 + 6 + 10)
@@ -157,13 +120,13 @@ def test_the_tree_on_the_node_is_the_snapshot(node: ShellTransport, code: Path, 
     assert unfinished(store) == []
 
 
-def test_nothing_is_sent_a_second_time(node: ShellTransport, code: Path, store: Path) -> None:
+def test_nothing_is_sent_a_second_time(node: Node, code: Path, store: Path) -> None:
     send_code(node, take(code), str(store))
     again = send_code(node, take(code), str(store))
     assert (again.files_sent, again.bytes_sent, node.sends) == (0, 0, 1)
 
 
-def test_one_changed_file_is_all_that_is_sent(node: ShellTransport, code: Path, store: Path) -> None:
+def test_one_changed_file_is_all_that_is_sent(node: Node, code: Path, store: Path) -> None:
     first = send_code(node, take(code), str(store))
     (code / "train.py").write_text("changed\n")
     second = send_code(node, take(code), str(store))
@@ -173,14 +136,14 @@ def test_one_changed_file_is_all_that_is_sent(node: ShellTransport, code: Path, 
     assert Path(first.path, "run.sh").stat().st_ino == Path(second.path, "run.sh").stat().st_ino
 
 
-def test_a_file_that_moved_or_came_twice_is_sent_once(node: ShellTransport, code: Path, store: Path) -> None:
+def test_a_file_that_moved_or_came_twice_is_sent_once(node: Node, code: Path, store: Path) -> None:
     (code / "copy.py").write_text("print('training')\n")
     assert send_code(node, take(code), str(store)).files_sent == 3
     (code / "train.py").rename(code / "moved.py")
     assert send_code(node, take(code), str(store)).files_sent == 0
 
 
-def test_the_executable_bit_makes_another_blob(node: ShellTransport, code: Path, store: Path) -> None:
+def test_the_executable_bit_makes_another_blob(node: Node, code: Path, store: Path) -> None:
     first = send_code(node, take(code), str(store))
     (code / "train.py").chmod(0o755)
     second = send_code(node, take(code), str(store))
@@ -208,7 +171,7 @@ ODD_NAMES = [
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_names_arrive_byte_for_byte(node: ShellTransport, tmp_path: Path, store: Path, name: bytes) -> None:
+def test_names_arrive_byte_for_byte(node: Node, tmp_path: Path, store: Path, name: bytes) -> None:
     code = tmp_path / "odd"
     file = code / os.fsdecode(name)
     file.parent.mkdir(parents=True)
@@ -221,15 +184,13 @@ def test_names_arrive_byte_for_byte(node: ShellTransport, tmp_path: Path, store:
     assert node.sends == 1
 
 
-def test_an_empty_folder_is_an_empty_tree(node: ShellTransport, tmp_path: Path, store: Path) -> None:
+def test_an_empty_folder_is_an_empty_tree(node: Node, tmp_path: Path, store: Path) -> None:
     (tmp_path / "empty").mkdir()
     sent = send_code(node, take(tmp_path / "empty"), str(store))
     assert contents(Path(sent.path)) == {}
 
 
-def test_a_strict_umask_does_not_hide_the_code_from_the_container(
-    node: ShellTransport, code: Path, store: Path
-) -> None:
+def test_a_strict_umask_does_not_hide_the_code_from_the_container(node: Node, code: Path, store: Path) -> None:
     before = os.umask(0o077)
     try:
         sent = send_code(node, take(code), str(store))
@@ -256,7 +217,7 @@ def cut_after(count: int) -> Spoil:
 
 
 @pytest.mark.parametrize("count", [0, 300, 512, 1024, 2048, 3072, 3584, 4096, 4608, 5000])
-def test_a_stream_that_ends_early_leaves_no_tree(node: ShellTransport, code: Path, store: Path, count: int) -> None:
+def test_a_stream_that_ends_early_leaves_no_tree(node: Node, code: Path, store: Path, count: int) -> None:
     node.spoil = cut_after(count)
     with pytest.raises((CommandError, IntegrityError)):
         send_code(node, take(code), str(store))
@@ -267,9 +228,7 @@ def test_a_stream_that_ends_early_leaves_no_tree(node: ShellTransport, code: Pat
     assert take(Path(sent.path)).entries == take(code).entries
 
 
-def test_a_connection_that_dies_leaves_no_tree_and_the_next_transfer_works(
-    node: ShellTransport, code: Path, store: Path
-) -> None:
+def test_a_connection_that_dies_leaves_no_tree_and_the_next_transfer_works(node: Node, code: Path, store: Path) -> None:
     (code / "large.bin").write_bytes(os.urandom(3 * 2**20))
 
     def spoil(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -280,11 +239,12 @@ def test_a_connection_that_dies_leaves_no_tree_and_the_next_transfer_works(
     with pytest.raises(Cut):
         send_code(node, take(code), str(store))
     assert list(store.glob("trees/*")) == []
+    assert unfinished(store) == []
     node.spoil = lambda chunks: chunks
     assert send_code(node, take(code), str(store)).files_sent == 4
 
 
-def test_a_leftover_is_swept_after_a_day_and_not_before(node: ShellTransport, code: Path, store: Path) -> None:
+def test_a_leftover_is_swept_after_a_day_and_not_before(node: Node, code: Path, store: Path) -> None:
     for name, age in ((".incoming-old", 90_000), (".incoming-new", 60)):
         (store / name / "blobs").mkdir(parents=True)
         then = store.stat().st_mtime - age
@@ -293,7 +253,7 @@ def test_a_leftover_is_swept_after_a_day_and_not_before(node: ShellTransport, co
     assert unfinished(store) == [".incoming-new"]
 
 
-def test_a_bit_that_flips_on_the_way_is_an_integrity_error(node: ShellTransport, code: Path, store: Path) -> None:
+def test_a_bit_that_flips_on_the_way_is_an_integrity_error(node: Node, code: Path, store: Path) -> None:
     (code / "train.py").write_bytes(b"MARK" * 1000)
     node.spoil = lambda chunks: (chunk.replace(b"MARKMARK", b"MARKMARX", 1) for chunk in chunks)
     with pytest.raises(IntegrityError) as caught:
@@ -308,9 +268,7 @@ def test_a_bit_that_flips_on_the_way_is_an_integrity_error(node: ShellTransport,
     assert list((store / "trees").iterdir()) == []
 
 
-def test_a_file_that_changes_between_the_look_and_the_sending_is_refused(
-    node: ShellTransport, code: Path, store: Path
-) -> None:
+def test_a_file_that_changes_between_the_look_and_the_sending_is_refused(node: Node, code: Path, store: Path) -> None:
     snapshot = take(code)
     (code / "train.py").write_text("print('TRAINING')\n")
     with pytest.raises(InputError) as caught:
@@ -324,9 +282,7 @@ def test_a_file_that_changes_between_the_look_and_the_sending_is_refused(
 
 
 @pytest.mark.parametrize("change", ["gone", "shorter", "link", "fifo"])
-def test_a_file_that_is_no_longer_the_same_thing_is_refused(
-    node: ShellTransport, code: Path, store: Path, change: str
-) -> None:
+def test_a_file_that_is_no_longer_the_same_thing_is_refused(node: Node, code: Path, store: Path, change: str) -> None:
     snapshot = take(code)
     file = code / "train.py"
     file.unlink()
@@ -341,7 +297,7 @@ def test_a_file_that_is_no_longer_the_same_thing_is_refused(
         send_code(node, snapshot, str(store))
 
 
-def test_a_store_that_cannot_be_made_is_named(node: ShellTransport, code: Path, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_made_is_named(node: Node, code: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CommandError, match="the code could not be put into") as caught:
         send_code(node, take(code), str(tmp_path / "file" / "store"))
@@ -349,19 +305,19 @@ def test_a_store_that_cannot_be_made_is_named(node: ShellTransport, code: Path, 
     assert "file" in caught.value.detail[-1]
 
 
-def test_two_senders_at_once_both_find_it_whole(node: ShellTransport, code: Path, store: Path) -> None:
+def test_two_senders_at_once_both_find_it_whole(node: Node, code: Path, store: Path) -> None:
     snapshot = take(code)
     meet = threading.Barrier(2)
     results: list[CodeSent | BaseException] = []
 
-    def go(mine: ShellTransport) -> None:
+    def go(mine: Node) -> None:
         mine.before_send = lambda: None if mine.sends else (meet.wait(30), None)[1]
         try:
             results.append(send_code(mine, snapshot, str(store)))
         except BaseException as error:  # noqa: BLE001
             results.append(error)
 
-    threads = [threading.Thread(target=go, args=(ShellTransport(tools=node.tools),)) for _ in range(2)]
+    threads = [threading.Thread(target=go, args=(Node(),)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -373,18 +329,16 @@ def test_two_senders_at_once_both_find_it_whole(node: ShellTransport, code: Path
     assert unfinished(store) == []
 
 
-def test_a_sender_whose_tree_was_finished_by_another_leaves_that_one_alone(
-    node: ShellTransport, code: Path, store: Path
-) -> None:
+def test_a_sender_whose_tree_was_finished_by_another_leaves_that_one_alone(node: Node, code: Path, store: Path) -> None:
     snapshot = take(code)
-    other = ShellTransport(tools=node.tools)
+    other = Node()
     node.before_send = lambda: (send_code(other, snapshot, str(store)), None)[1]
     sent = send_code(node, snapshot, str(store))
     assert (other.sends, node.sends) == (1, 1)
     assert take(Path(sent.path)).entries == snapshot.entries
 
 
-def test_a_blob_that_was_swept_after_the_look_is_sent(node: ShellTransport, code: Path, store: Path) -> None:
+def test_a_blob_that_was_swept_after_the_look_is_sent(node: Node, code: Path, store: Path) -> None:
     send_code(node, take(code), str(store))
     (code / "new.py").write_text("new\n")
     snapshot = take(code)
@@ -393,6 +347,21 @@ def test_a_blob_that_was_swept_after_the_look_is_sent(node: ShellTransport, code
     sent = send_code(node, snapshot, str(store))
     assert take(Path(sent.path)).entries == snapshot.entries
     assert node.sends == 3
+
+
+def test_a_tool_that_is_missing_is_no_damage(
+    code: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("sh", "cat", "mkdir", "rm", "find", "tar", "gzip", "grep", "mv", "ls", "sort", "uniq"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    monkeypatch.setenv("PATH", str(tools))
+    with pytest.raises(CommandError) as caught:
+        send_code(Node(), take(code), str(store))
+    assert caught.value.what == "a tool is missing on the node"
+    assert "sha256sum" in caught.value.detail[-1]
+    assert list(store.glob("trees/*")) == []
 
 
 # --- a node that was touched ---------------------------------------------------------------------------------------
@@ -417,7 +386,7 @@ def remove(tree: Path) -> None:
 
 @pytest.mark.parametrize("touch", [edit_in_place, edit_by_another_file, add, remove])
 def test_a_tree_that_was_edited_on_the_node_is_made_anew(
-    node: ShellTransport, code: Path, store: Path, touch: Callable[[Path], None]
+    node: Node, code: Path, store: Path, touch: Callable[[Path], None]
 ) -> None:
     snapshot = take(code)
     tree = Path(send_code(node, snapshot, str(store)).path)
@@ -432,7 +401,7 @@ def test_a_tree_that_was_edited_on_the_node_is_made_anew(
     assert node.sends == 2
 
 
-def test_compiled_python_beside_the_code_is_no_edit(node: ShellTransport, code: Path, store: Path) -> None:
+def test_compiled_python_beside_the_code_is_no_edit(node: Node, code: Path, store: Path) -> None:
     tree = Path(send_code(node, take(code), str(store)).path)
     (tree / "model" / "__pycache__").mkdir()
     (tree / "model" / "__pycache__" / "block.pyc").write_text("")
@@ -440,7 +409,7 @@ def test_compiled_python_beside_the_code_is_no_edit(node: ShellTransport, code: 
     assert node.sends == 1
 
 
-def test_after_a_reboot_the_blobs_are_checked_once(node: ShellTransport, code: Path, store: Path) -> None:
+def test_after_a_reboot_the_blobs_are_checked_once(node: Node, code: Path, store: Path) -> None:
     snapshot = take(code)
     send_code(node, snapshot, str(store))
     (store / "boot").write_text("another boot\n")
@@ -449,7 +418,7 @@ def test_after_a_reboot_the_blobs_are_checked_once(node: ShellTransport, code: P
     assert (store / "boot").read_text() == Path("/proc/sys/kernel/random/boot_id").read_text()
 
 
-def test_a_blob_lost_in_a_power_cut_is_sent_again(node: ShellTransport, code: Path, store: Path) -> None:
+def test_a_blob_lost_in_a_power_cut_is_sent_again(node: Node, code: Path, store: Path) -> None:
     snapshot = take(code)
     tree = Path(send_code(node, snapshot, str(store)).path)
     times = (tree / "train.py").stat()
@@ -468,7 +437,7 @@ def age(path: Path, seconds: int) -> None:
     os.utime(path, (then, then))
 
 
-def test_the_sweep_keeps_the_last_used_and_those_in_use(node: ShellTransport, code: Path, store: Path) -> None:
+def test_the_sweep_keeps_the_last_used_and_those_in_use(node: Node, code: Path, store: Path) -> None:
     digests: list[str] = []
     for number in range(5):
         (code / "train.py").write_text(f"number {number}\n")
@@ -488,7 +457,7 @@ def test_the_sweep_keeps_the_last_used_and_those_in_use(node: ShellTransport, co
     assert sweep_code(node, str(store), in_use={digests[0]}, keep=2) == ()
 
 
-def test_the_sweep_leaves_files_that_came_today(node: ShellTransport, code: Path, store: Path) -> None:
+def test_the_sweep_leaves_files_that_came_today(node: Node, code: Path, store: Path) -> None:
     send_code(node, take(code), str(store))
     blobs = sorted((store / "blobs").iterdir())
     assert len(sweep_code(node, str(store), keep=0)) == 1
@@ -496,6 +465,6 @@ def test_the_sweep_leaves_files_that_came_today(node: ShellTransport, code: Path
     assert send_code(node, take(code), str(store)).files_sent == 0
 
 
-def test_sweeping_where_nothing_was_sent_does_nothing(node: ShellTransport, store: Path) -> None:
+def test_sweeping_where_nothing_was_sent_does_nothing(node: Node, store: Path) -> None:
     assert sweep_code(node, str(store)) == ()
     assert not store.exists()
