@@ -224,7 +224,8 @@ class _Reader:
         if (anchor := getattr(event, "anchor", None)) is not None:
             self.refuse(event, f"the anchor '&{anchor}'", "write values out where they are needed")
         if (tag := getattr(event, "tag", None)) is not None:
-            self.refuse(event, f"the tag '{tag}'", "write the value without a tag, in quotes if it is text")
+            short = tag.replace("tag:yaml.org,2002:", "!!")
+            self.refuse(event, f"the tag '{short}'", "write the value without a tag, in quotes if it is text")
 
     def sequence(self, place: Place) -> list[Data]:
         items: list[Data] = []
@@ -248,9 +249,10 @@ class _Reader:
             self.refuse(event, "an empty key", "write the key before the ':'")
         if key == "<<" and event.implicit[0]:
             self.refuse(event, "a merge key '<<'", "write the keys out")
-        if first := self.positions.get((*place, key)):
+        here = (*place, key)
+        if first := self.positions.get(here):
             self.refuse(event, f"the key {_shown(key)} a second time (first in line {first[0]})", "keep one of them")
-        self.positions[(*place, key)] = _spot(event)
+        self.positions[here] = _spot(event)
         return key
 
     def scalar(self, event: yaml.ScalarEvent) -> str | int | float | bool | None:

@@ -706,7 +706,7 @@ def read_inventory(document: Document, *, engine: Engine | None = None, home: Pa
     data = document.data
     if not isinstance(data, dict):
         what = "the file is empty" if data is None else "the file must be a mapping (lines of 'key: value')"
-        raise InputError(what, where=document.where(()), next_step=_NEXT_STEP)
+        raise InputError(what, where=f"{document.name}:1:1", next_step=_NEXT_STEP)
     if engine:
         data = {**data, "engine": engine}
     context = {"folder": document.folder, "home": home or _home()}
@@ -735,6 +735,9 @@ def _home() -> Path | None:
 
 def _input_error(errors: list[ErrorDetails], document: Document) -> InputError:
     """All problems in the order of the file: the first is the message, the others are its detail."""
+    # A misspelt key is one mistake, not two: the right one is not told to be missing as well.
+    meant = {(*error["loc"][:-1], _meant(error["loc"])) for error in errors if error["type"] == "extra_forbidden"}
+    errors = [error for error in errors if error["type"] != "missing" or error["loc"] not in meant]
     problems = [(tuple(part for part in error["loc"] if part != "[key]"), _says(error)) for error in errors]
     told = sorted(
         {(document.position(place), place, f"{_dotted(place)} {what}") for place, what in problems}, key=_order
@@ -764,7 +767,7 @@ def _says(error: ErrorDetails) -> str:
         "value_error": lambda: str(context["error"]),
         "missing": lambda: "is missing",
         "extra_forbidden": lambda: _unknown_key(error["loc"]),
-        "string_pattern_mismatch": lambda: f"{_PATTERNS[context['pattern']]}; this is {_shown(given)}",
+        "string_pattern_mismatch": lambda: _mismatch(context["pattern"], given),
         "literal_error": lambda: _wrong_word(str(context["expected"]), given),
         "greater_than_equal": lambda: f"must be at least {context['ge']}, not {given}",
         "less_than_equal": lambda: f"must be at most {context['le']}, not {given}",
@@ -781,6 +784,11 @@ _EXPECTED = {
     "dict_type": "a mapping ('key: value')",
     "model_type": "a mapping ('key: value')",
 }
+
+
+def _mismatch(pattern: str, given: object) -> str:
+    # What should have been a variable's name may hold the secret itself.
+    return _PATTERNS[pattern] + ("" if pattern == _ENV_NAME else f"; this is {_shown(given)}")
 
 
 def _wrong_type(expected: str, given: object, *, secret: bool) -> str:
@@ -807,17 +815,33 @@ def _wrong_word(expected: str, given: object) -> str:
 
 
 def _unknown_key(loc: Place) -> str:
-    *above, last = loc
-    key = str(last).lower().replace("-", "_")
-    here = next((part for part in reversed(above) if isinstance(part, str)), "")
-    keys = list(_MODELS[here].model_fields)
+    key, keys = _plain_key(loc), _keys(loc)
     if _PASSWORD.fullmatch(key):
         return "is no key: passwords are not kept here; use a key file or the agent, and container.secrets for a job"
+    if meant := _meant(loc):
+        return f"is no key; did you mean {meant!r}?"
     if elsewhere := [name or "the top" for name, model in _MODELS.items() if key in model.model_fields]:
         return f"is no key here; it belongs under {' or '.join(elsewhere)}"
-    if _SYNONYMS.get(key) in keys:
-        return f"is no key; did you mean {_SYNONYMS[key]!r}?"
-    return f"is no key{_nearest(key, keys) or '; the keys here are ' + ', '.join(keys)}"
+    return f"is no key; the keys here are {', '.join(keys)}"
+
+
+def _meant(loc: Place) -> str | None:
+    """The key of the same mapping that a wrong one stands for, if it resembles any."""
+    key, keys = _plain_key(loc), _keys(loc)
+    if key in keys or _SYNONYMS.get(key) in keys:
+        return key if key in keys else _SYNONYMS[key]
+    if any(key in model.model_fields for model in _MODELS.values()):
+        return None
+    return next(iter(difflib.get_close_matches(key, keys, n=1)), None)
+
+
+def _plain_key(loc: Place) -> str:
+    return str(loc[-1]).lower().replace("-", "_")
+
+
+def _keys(loc: Place) -> list[str]:
+    above = next((part for part in reversed(loc[:-1]) if isinstance(part, str)), "")
+    return list(_MODELS[above].model_fields)
 
 
 _MODELS: dict[str, type[_Model]] = {
