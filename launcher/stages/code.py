@@ -45,6 +45,7 @@ NAME, CHECKSUM, TARGET = slice(0, 100), slice(148, 156), slice(157, 257)
 # What the node's tools say -> what we say, what to do. `strerror` in the C locale, the same in GNU tools and busybox.
 CURES = {
     "No space left": ("the disk that holds {store} is full", "make room there, or set another store"),
+    "Wrote only": ("the disk that holds {store} is full", "make room there, or set another store"),  # GNU tar
     "quota exceeded": ("the disk quota for {store} is used up", "make room there, or set another store"),
     "Read-only file system": ("{store} is on a read-only file system", "set another store"),
     "Permission denied": ("{store} cannot be written", "give it to the SSH user, or set another store"),
@@ -100,7 +101,7 @@ umask 022
 LC_ALL=C; export LC_ALL
 digest=$2; new=.incoming-$3; made=$4
 fail() { cat >/dev/null; exit "$1"; }
-mkdir -p -- "$1/blobs" "$1/trees" "$1/stamps" && cd -- "$1" || fail 1
+mkdir -p -- "$1" && cd -- "$1" && mkdir -p blobs trees stamps || fail 1
 find . ! -name . -prune -name '.incoming-*' -mtime +0 -exec rm -rf {} + 2>/dev/null
 mkdir "$new" || fail 1
 trap 'rm -rf "$new"' EXIT

@@ -305,6 +305,30 @@ def test_a_store_that_cannot_be_made_is_named(node: Node, code: Path, tmp_path: 
     assert "file" in caught.value.detail[-1]
 
 
+@pytest.mark.parametrize(
+    ("says", "what"),
+    [
+        ("Cannot write: No space left on device", "the disk that holds {store} is full"),
+        ("Wrote only 5120 of 10240 bytes", "the disk that holds {store} is full"),
+        ("Cannot write: Disk quota exceeded", "the disk quota for {store} is used up"),
+    ],
+)
+def test_a_full_disk_is_called_that(
+    code: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, what: str
+) -> None:
+    (tmp_path / "tar").write_text(f"#!/bin/sh\necho 'tar: blobs/0: {says}' >&2\nexit 2\n")
+    (tmp_path / "tar").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(CommandError) as caught:
+        send_code(Node(), take(code), str(store))
+    assert str(caught.value) == (
+        f"node gpu-01: {what.format(store=store)}\n"
+        f"  tar: blobs/0: {says}\n"
+        "  next: make room there, or set another store"
+    )
+    assert [*store.glob("trees/*"), *store.glob("blobs/*"), *store.glob(".incoming-*")] == []
+
+
 def test_two_senders_at_once_both_find_it_whole(node: Node, code: Path, store: Path) -> None:
     snapshot = take(code)
     meet = threading.Barrier(2)
