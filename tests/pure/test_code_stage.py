@@ -314,8 +314,9 @@ def test_a_store_that_cannot_be_made_is_named(node: Node, code: Path, tmp_path: 
     ],
 )
 def test_a_full_disk_is_called_that(
-    code: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, what: str
+    code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, what: str
 ) -> None:
+    store = tmp_path / "store"
     (tmp_path / "tar").write_text(f"#!/bin/sh\necho 'tar: blobs/0: {says}' >&2\nexit 2\n")
     (tmp_path / "tar").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
