@@ -442,11 +442,12 @@ class ImageRecipe(_Model):
 
     @model_validator(mode="after")
     def _check_use(self) -> ImageRecipe:
-        build = sorted(self.model_fields_set - {"use", "flavour"})
+        fields = type(self).model_fields.items()
+        build = [name for name, field in fields if getattr(self, name) != field.default]
         _raise(
             ((name,), "says how to build, but 'use' names a ready image; keep one of them")
             for name in build
-            if self.use
+            if self.use and name not in ("use", "flavour")
         )
         return self
 
