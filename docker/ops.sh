@@ -23,7 +23,8 @@ export LDFLAGS="-Wl,--no-as-needed -laio -Wl,--as-needed"
 if [ "$FLAVOUR" = cuda ]; then
     # The toolkit comes from PyPI into the folder where torch already keeps the CUDA libraries; what it adds
     # is taken away again, since only the compiler needs it.
-    python3 -m pip freeze --all | sort >/launcher/before.txt
+    names() { python3 -m pip freeze --all | sed -E 's/[ =@].*//' | tr 'A-Z_.' 'a-z--' | sort; }
+    names >/launcher/before.txt
     python3 -m pip install \
         "cuda-toolkit[nvcc,cccl,cudart,curand,cublas,cusparse,cusolver,nvrtc,nvtx]==$(python3 -c \
             'import torch; print(torch.version.cuda)').*"
@@ -50,15 +51,8 @@ python3 -m pip install --no-build-isolation --no-binary deepspeed \
 if [ "$FLAVOUR" = cuda ]; then
     # shellcheck disable=SC2086  # a list of paths without spaces
     rm -f $links
-    python3 -m pip freeze --all | sort | comm -13 /launcher/before.txt - |
-        sed -E 's/[ =@].*//' | grep -v -x -i deepspeed >/launcher/added.txt
-    python3 -c '
-import re, sys
-import importlib.metadata as metadata
-kept = {re.split(r"[ ;<>=!~\[(]", line)[0].lower().replace("_", "-")
-        for line in metadata.requires("deepspeed") or ()}
-print("\n".join(name for name in sys.stdin.read().split() if name.lower().replace("_", "-") not in kept))
-' </launcher/added.txt | xargs -r python3 -m pip uninstall --yes
+    names | comm -13 /launcher/before.txt - | grep -E '^(cuda|nvidia)-' | grep -v -x nvidia-ml-py |
+        xargs -r python3 -m pip uninstall --yes
 fi
 
 # The builders always say -g: nine tenths of each op are names for a debugger that the image does not have.

@@ -133,6 +133,8 @@ def make_inventory(lab: Lab, image_recipe: dict[str, str]) -> dict[str, object]:
         "name": lab.prefix,
         "accelerator": "cpu",
         "image": {"flavour": "cpu", **image_recipe},
+        # A laboratory without CAP_SYS_RESOURCE cannot raise memlock, so it asks for the one that it can have.
+        "container": {"ulimits": {"stack": 64 << 20}},
         "defaults": {
             "user": "ml",
             "identity_file": str(lab.identity),
@@ -199,6 +201,8 @@ def impostor(node: str) -> Iterator[None]:
             ssh-keygen -q -t ed25519 -N "" -f ssh_host_ed25519_key && pkill -HUP -o -x sshd
         """
         run(node, "sh", "-c", script)
+        address = _address(_client().containers.get(node))
+        _until(lambda: _greets(address), f"{node}: sshd is not back", seconds=_START_SECONDS)
         yield
 
 
@@ -390,15 +394,17 @@ def _address(container: Any) -> str:
 
 def _answers(name: str, address: str) -> bool:
     """Whether sshd greets and dockerd answers the user who will ask it."""
+    asked = ("sh", "-c", "docker version >/dev/null 2>&1 && echo ready")
+    return _greets(address) and "ready" in run(name, *asked, user="ml", check=False)
+
+
+def _greets(address: str) -> bool:
     try:
         with socket.create_connection((address, 22), timeout=2) as connection:
             connection.settimeout(2)
-            greeting = connection.recv(4)
+            return connection.recv(4) == b"SSH-"
     except OSError:
         return False
-    return greeting == b"SSH-" and "ok" in run(
-        name, "sh", "-c", "docker version >/dev/null && echo ok", user="ml", check=False
-    )
 
 
 def _until(true: Callable[[], bool], otherwise: str, *, seconds: float) -> None:
