@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import BoundedSemaphore, Thread
 from typing import Generic, TypeVar
 
 from cluster.engine import Engine
 from cluster.errors import NodeError, UnreachableError
 from cluster.facts import NodeFacts, read_survey, survey_command
+from cluster.inventory import Inventory, Node
 from cluster.transport import Transport
+from cluster.trust import Address
 
 T = TypeVar("T")
 
@@ -111,20 +114,51 @@ def closing(machines: Sequence[Machine]) -> Iterator[Sequence[Machine]]:
             machine.transport.close()
 
 
-def survey(
-    machines: Sequence[Machine],
-    *,
-    paths: Mapping[str, Sequence[str]],
-    peers: Sequence[str],
-    engine: str,
-    deadline: float = 20.0,
-) -> Answers[NodeFacts]:
-    """Ask every machine for its facts, in one round trip each. `paths` are per node."""
+def ask_facts(machine: Machine, *, paths: Sequence[str], peers: Sequence[str], engine: str) -> NodeFacts:
+    """Ask one machine for its facts, in one round trip."""
+    machine.transport.open()
+    sent = time.time()
+    answer = machine.transport.run(survey_command(paths=paths, peers=peers, engine=engine), timeout=30)
+    return read_survey(answer.text, sent=sent, received=time.time())
 
-    def ask(machine: Machine) -> NodeFacts:
-        machine.transport.open()
-        sent = time.time()
-        answer = machine.transport.run(survey_command(paths=paths[machine.name], peers=peers, engine=engine))
-        return read_survey(answer.text, sent=sent, received=time.time())
 
-    return each(machines, ask, deadline=deadline)
+def connect(inventory: Inventory, *, known_hosts: Path) -> tuple[Machine, ...]:
+    """Hands for every node of an inventory. Nothing is reached yet: that happens when they are first asked."""
+    return tuple(_machine(inventory, node, known_hosts) for node in inventory.nodes)
+
+
+def _machine(inventory: Inventory, node: Node, known_hosts: Path) -> Machine:
+    # The hands are imported here: each loads a large library that the other ones do not need.
+    transport: Transport
+    engine: Engine
+    if node.transport == "local":
+        from cluster.local import LocalTransport
+
+        transport = LocalTransport(node.name)
+    else:
+        from cluster.ssh import SshTransport
+
+        transport = SshTransport(address_of(node), known_hosts=known_hosts)
+    if inventory.engine == "process":
+        from cluster.processes import ProcessEngine
+
+        engine = ProcessEngine(
+            node.name, Path(node.paths.state).expanduser() / inventory.name / node.name / "processes"
+        )
+    else:
+        from cluster.dockerd import DockerEngine
+
+        engine = DockerEngine(transport)
+    return Machine(name=node.name, transport=transport, engine=engine)
+
+
+def address_of(node: Node) -> Address:
+    """Where SSH finds a node, as the inventory says it."""
+    return Address(
+        node=node.name,
+        host=node.host,
+        port=node.port,
+        user=node.user,
+        identity_file=str(node.identity_file) if node.identity_file else None,
+        jump=node.jump,
+    )

@@ -60,7 +60,9 @@ def findings(
         found += _port(inventory.nodes[0], facts[inventory.nodes[0].name], port)
     if nvme:
         found += [
-            _error("nvme-none", node.name, "the job offloads to NVMe, and the node has no NVMe path", "set nvme: [/path]")
+            _error(
+                "nvme-none", node.name, "the job offloads to NVMe, and the node has no such path", "set nvme: [/path]"
+            )
             for node in inventory.nodes
             if not node.nvme
         ]

@@ -1,9 +1,9 @@
 """What can go wrong with a run, below `cluster.errors`.
 
-    ClusterError
-    ├── InputError
-    │   └── PlanError     2   settings that contradict each other, or the nodes
-    └── RunError          1   the job failed; the first cause is in `what`
+ClusterError
+├── InputError
+│   └── PlanError     2   settings that contradict each other, or the nodes
+└── RunError          1   the job failed; the first cause is in `what`
 """
 
 from __future__ import annotations
@@ -17,7 +17,3 @@ class PlanError(InputError):
 
 class RunError(ClusterError):
     """The job failed; `what` is the first cause: node, rank, how it ended."""
-
-    def __init__(self, what: str, *, code: int = 1, where: str | None = None, detail: tuple[str, ...] = ()) -> None:
-        super().__init__(what, where=where, detail=detail)
-        self.code = code

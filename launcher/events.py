@@ -47,15 +47,6 @@ class CodeArrived(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageArrived(Event):
-    """A node has the image that it lacked."""
-
-    node: str
-    image: str
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeStarted(Event):
     """A node's container runs."""
 
@@ -99,7 +90,6 @@ KINDS: tuple[type[Event], ...] = (
     RunBegan,
     StageBegan,
     CodeArrived,
-    ImageArrived,
     NodeStarted,
     NodeEnded,
     RunEnded,
@@ -116,12 +106,13 @@ def from_json(line: str) -> Event | None:
     """The event of a line; None for a torn line, or an event of a newer version."""
     try:
         said: dict[str, Any] = json.loads(line)
-        kind = next(kind for kind in KINDS if kind.__name__ == said.pop("event"))
-        for name, value in said.items():
-            if name == "failures":
-                said[name] = tuple(Failure(**failure) for failure in value)
+        name = said.pop("event")
+        kind = next(kind for kind in KINDS if kind.__name__ == name)
+        for field, value in said.items():
+            if field == "failures":
+                said[field] = tuple(Failure(**failure) for failure in value)
             elif isinstance(value, list):
-                said[name] = tuple(value)
+                said[field] = tuple(value)
         return kind(**said)
     except (ValueError, TypeError, KeyError, AttributeError, StopIteration):
         return None

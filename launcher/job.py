@@ -17,7 +17,7 @@ class Zero:
     offload_optimizer: Offload = "none"
     offload_param: Offload = "none"
     accumulation: int = 1
-    clipping: float | None = None
+    clipping: float | None = None  # None: the script's own business
     init: bool | None = None  # build the model sharded; None: at stage 3
     gather_16bit: bool | None = None  # gather weights on save; None: at stage 3
 

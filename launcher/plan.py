@@ -124,9 +124,7 @@ def _even(nodes: tuple[NodePlan, ...]) -> None:
         )
 
 
-def _node_plan(
-    inventory: Inventory, node: Node, facts: NodeFacts, *, rank: int, run_id: str, code: str
-) -> NodePlan:
+def _node_plan(inventory: Inventory, node: Node, facts: NodeFacts, *, rank: int, run_id: str, code: str) -> NodePlan:
     address = choose_address(node, facts, alone=len(inventory.nodes) == 1)
     root = node_root(inventory, node, facts)
     host = Paths(

@@ -66,10 +66,8 @@ def accelerate_config(plan: Plan, node: NodePlan) -> dict[str, object]:
 
 
 def _distributed_type(plan: Plan) -> str:
-    if zero.uses_deepspeed(plan.job):
-        return "DEEPSPEED"
-    # MULTI_CPU would need mpirun; torchrun starts plain multi-process training on CPU the MULTI_GPU way.
-    return "NO" if plan.world_size == 1 else "MULTI_GPU"
+    # MULTI_CPU would need mpirun, and NO would leave torchrun: MULTI_GPU starts plain training of any size on either.
+    return "DEEPSPEED" if zero.uses_deepspeed(plan.job) else "MULTI_GPU"
 
 
 def launch_arguments(plan: Plan, node: NodePlan) -> tuple[str, ...]:
@@ -77,7 +75,11 @@ def launch_arguments(plan: Plan, node: NodePlan) -> tuple[str, ...]:
     return (
         "--config_file",
         f"{node.job.files}/accelerate.yaml",
-        *(() if len(plan.nodes) == 1 else ("--rdzv_backend", "static", "--rdzv_conf", f"timeout={JOIN_TIMEOUT}")),
+        "--same_network",
+        "--rdzv_backend",
+        "static",
+        "--rdzv_conf",
+        f"timeout={JOIN_TIMEOUT}",
         f"{node.job.files}/bootstrap.py",
         plan.job.script,
         *plan.job.args,

@@ -32,13 +32,13 @@ def plugin_settings(zero: Zero) -> dict[str, object]:
         "deepspeed_multinode_launcher": "standard",  # anything else splits a multi-node run, silently
         "zero_stage": zero.stage,
         "gradient_accumulation_steps": zero.accumulation,
+        # Left out, Accelerate fills "auto" with 1.0, and the same script trains differently than without ZeRO.
+        "gradient_clipping": zero.clipping or 0.0,
         "offload_optimizer_device": zero.offload_optimizer,
         "offload_param_device": zero.offload_param,
         "zero3_init_flag": zero.stage == 3 if zero.init is None else zero.init,  # noqa: PLR2004 - ZeRO stage 3
         "zero3_save_16bit_model": zero.stage == 3 if zero.gather_16bit is None else zero.gather_16bit,  # noqa: PLR2004
     }
-    if zero.clipping is not None:
-        settings["gradient_clipping"] = zero.clipping
     return settings
 
 

@@ -1,0 +1,255 @@
+"""What is kept on the control machine: which clusters there are, their pinned keys, and every run's record.
+
+    <state>/current                     the cluster that was brought up last
+    <state>/clusters/<name>/inventory   where its inventory file is
+    <state>/clusters/<name>/known_hosts pinned host keys
+    <state>/clusters/<name>/facts.json  the last survey
+    <state>/clusters/<name>/runs/<id>/  plan.json, events.jsonl, logs/<node>.log, logs/rank-00005.log
+
+Nothing here is needed to find containers (labels do that): it is memory, and may be lost.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import InputError
+from launcher.events import Event, from_json, to_json
+from launcher.state import RunState, fold
+
+if TYPE_CHECKING:
+    from cluster.facts import NodeFacts
+    from launcher.plan import Plan
+
+
+def state_folder(environment: Mapping[str, str]) -> Path:
+    """Where all this is: LAUNCHER_STATE, else the XDG state folder's `launcher`."""
+    if environment.get("LAUNCHER_STATE"):
+        return Path(environment["LAUNCHER_STATE"]).absolute()
+    if environment.get("XDG_STATE_HOME"):
+        return Path(environment["XDG_STATE_HOME"]) / "launcher"
+    return Path(environment.get("HOME") or "~").expanduser() / ".local/state/launcher"
+
+
+class Memory:
+    """The whole folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def cluster(self, name: str) -> ClusterMemory:
+        """One cluster's part; it need not be there yet."""
+        return ClusterMemory(self._folder / "clusters" / name)
+
+    def clusters(self) -> tuple[ClusterMemory, ...]:
+        """All clusters that are known here, by name."""
+        folder = self._folder / "clusters"
+        return tuple(ClusterMemory(one) for one in sorted(folder.iterdir())) if folder.is_dir() else ()
+
+    def current(self) -> str | None:
+        """The cluster that was brought up last, if it is still known."""
+        try:
+            name = (self._folder / "current").read_text().strip()
+        except OSError:
+            return None
+        return name if name and self.cluster(name).inventory() else None
+
+    def make_current(self, name: str) -> None:
+        """Remember what was brought up last."""
+        write_whole(self._folder / "current", name + "\n")
+
+    def forget_current(self, name: str) -> None:
+        """After `down`, a cluster is not the current one any more."""
+        if self.current() == name:
+            (self._folder / "current").unlink(missing_ok=True)
+
+
+class ClusterMemory:
+    """What is remembered of one cluster."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name
+
+    @property
+    def known_hosts(self) -> Path:
+        """The pinned host keys."""
+        return self.folder / "known_hosts"
+
+    def inventory(self) -> Path | None:
+        """Where the inventory file was when the cluster was last brought up."""
+        try:
+            return Path((self.folder / "inventory").read_text().strip())
+        except OSError:
+            return None
+
+    def engine(self) -> str | None:
+        """The engine that `up` was told to use in place of the inventory's."""
+        try:
+            return (self.folder / "engine").read_text().strip() or None
+        except OSError:
+            return None
+
+    def remember(self, inventory: Path, *, engine: str | None) -> None:
+        """Keep where the inventory file is, and an engine that stands in for its own."""
+        write_whole(self.folder / "inventory", f"{inventory.absolute()}\n")
+        write_whole(self.folder / "engine", f"{engine or ''}\n")
+
+    def save_facts(self, facts: Mapping[str, NodeFacts]) -> None:
+        """Keep the last survey: `config show` and `plan` need no network then."""
+        write_whole(self.folder / "facts.json", _facts_type().dump_json(dict(facts), indent=1).decode())
+
+    def load_facts(self) -> Mapping[str, NodeFacts]:
+        """The last survey, empty when there is none that this version can read."""
+        try:
+            facts: dict[str, NodeFacts] = _facts_type().validate_json((self.folder / "facts.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return facts
+
+    def runs(self) -> tuple[RunRecord, ...]:
+        """All records, the oldest first."""
+        folder = self.folder / "runs"
+        return tuple(RunRecord(one) for one in sorted(folder.iterdir())) if folder.is_dir() else ()
+
+    def run(self, run_id: str) -> RunRecord:
+        """One run's record; it need not be there yet."""
+        return RunRecord(self.folder / "runs" / run_id)
+
+
+class RunRecord:
+    """One run's folder. `emit` appends an event; it may be called from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = folder.name
+        self._lock = threading.Lock()
+
+    @property
+    def logs(self) -> Path:
+        """The folder of the logs: `<node>.log` mirrors the node's own byte for byte."""
+        return self.folder / "logs"
+
+    def mirror(self, node: str) -> Path:
+        """Where a node's log is mirrored."""
+        return self.logs / f"{node}.log"
+
+    def merged(self) -> Iterator[tuple[str, bytes]]:
+        """All mirrored lines with their node, by the time at which they were written."""
+        mirrors = sorted(self.logs.glob("*.log")) if self.logs.is_dir() else []
+        streams = [_lines(path) for path in mirrors if not path.name.startswith("rank-")]
+        for _, node, line in heapq.merge(*streams, key=lambda one: one[0]):
+            yield node, line
+
+    def split_ranks(self) -> None:
+        """One log for every rank, `rank-00005.log`, made of the mirrors."""
+        parts: dict[bytes, list[bytes]] = {}
+        for _, line in self.merged():
+            moment, _, rest = line.partition(b" ")
+            rank, _, text = rest.partition(b" ")
+            if rank.isdigit():
+                parts.setdefault(rank, []).append(moment + b" " + text + b"\n")
+        for rank, lines in parts.items():
+            (self.logs / f"rank-{int(rank):05d}.log").write_bytes(b"".join(lines))
+
+    def save_plan(self, plan: Plan) -> None:
+        """Keep the plan whole."""
+        write_whole(self.folder / "plan.json", plan_to_json(plan))
+
+    def load_plan(self) -> Plan | None:
+        """The plan, None when there is none that this version can read."""
+        try:
+            return plan_from_json((self.folder / "plan.json").read_text(), name=str(self.folder / "plan.json"))
+        except (OSError, InputError):
+            return None
+
+    def emit(self, event: Event) -> None:
+        """Append one event; it is on disk when this returns."""
+        with self._lock:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with (self.folder / "events.jsonl").open("a", encoding="utf-8") as log:
+                log.write(to_json(event) + "\n")
+                log.flush()
+                os.fsync(log.fileno())
+
+    def events(self) -> Iterator[Event]:
+        """All events; torn and unknown lines are passed over."""
+        try:
+            text = (self.folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return
+        yield from filter(None, map(from_json, text.splitlines()))
+
+    def state(self) -> RunState:
+        """What the events amount to."""
+        return fold(self.events())
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, str, bytes]]:
+    with path.open("rb") as file:
+        for line in file:
+            yield line.partition(b" ")[0], path.stem, line.rstrip(b"\n")
+
+
+def keep_traceback(folder: Path, text: str) -> Path:
+    """Append a traceback to the log for bugs; gives back where that is."""
+    path = folder / "errors.log"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as log:
+        log.write(text + "\n")
+    return path
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The whole plan as JSON."""
+    return _plan_type().dump_json(plan, indent=1).decode()  # type: ignore[no-any-return]
+
+
+def plan_from_json(text: str, *, name: str) -> Plan:
+    """A plan that was saved; `InputError` when this is none."""
+    try:
+        plan: Plan = _plan_type().validate_json(text)
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise InputError(
+            f"this is no saved plan: {first}", where=name, next_step="save one with --dry-run --json"
+        ) from None
+    return plan
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a private file so that it is never seen half: beside it, to the disk, then under its name."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _facts_type() -> Any:
+    from pydantic import TypeAdapter  # here: a command that keeps nothing need not load it
+
+    from cluster.facts import NodeFacts
+
+    return TypeAdapter(dict[str, NodeFacts])
+
+
+def _plan_type() -> Any:
+    from pydantic import TypeAdapter
+
+    from launcher.plan import Plan
+
+    return TypeAdapter(Plan)
+
+
+def to_pretty_json(value: object) -> str:
+    """JSON for people and programs alike."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)

@@ -1,0 +1,68 @@
+"""Logs: a node's log mirrored here, byte for byte. The mirror's size is the cursor: nothing lost, nothing repeated."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from cluster.command import Command
+from cluster.errors import NodeError, UnreachableError
+from cluster.fleet import Machine
+
+RETRY = 1.0  # seconds between two attempts to follow again
+
+Show = Callable[[str, bytes], None]
+
+
+class Mirror:
+    """One node's log, from its `out` folder to `path`; `show(node, line)` hears every complete line that is new."""
+
+    def __init__(self, machine: Machine, *, out: str, path: Path, show: Show) -> None:
+        self._machine = machine
+        self._source = f"{out}/node.log"
+        self._show = show
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._rest = b""
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._path = path
+        self._file = path.open("ab")
+
+    def start(self) -> None:
+        """Begin to follow, beside whatever else is done."""
+        self._thread.start()
+
+    def leave(self) -> None:
+        """Stop following; the rest stays on the node."""
+        self._stop.set()
+
+    def finish(self) -> None:
+        """Nothing more will be written there: fetch what is left, then let go."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        with suppress(UnreachableError):
+            self._machine.transport.stream(self._tail(follow=False), self._take, stop=lambda: False)
+        if self._rest:
+            self._show(self._machine.name, self._rest)
+        self._file.close()
+
+    def _follow(self) -> None:
+        while not self._stop.is_set():
+            with suppress(NodeError):
+                self._machine.transport.stream(self._tail(follow=True), self._take, stop=self._stop.is_set)
+            if not self._stop.is_set():
+                self._stop.wait(RETRY)
+
+    def _tail(self, *, follow: bool) -> Command:
+        start = self._path.stat().st_size + 1
+        return Command(argv=("tail", "-c", f"+{start}", *(("-f",) if follow else ()), self._source))
+
+    def _take(self, chunk: bytes) -> None:
+        self._file.write(chunk)
+        self._file.flush()
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        for line in lines:
+            self._show(self._machine.name, line)

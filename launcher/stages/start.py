@@ -1,0 +1,84 @@
+"""Start: the run's containers on all nodes, or on none."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+
+from cluster.command import Command
+from cluster.container import LABEL_CLUSTER, LABEL_ROLE, LABEL_RUN, Container
+from cluster.errors import CommandError, LockedError, NodeError
+from cluster.fleet import Machine, each
+from launcher import render
+from launcher.plan import Plan
+
+SECRETS_COMPLETE = ".complete"  # the agent waits for this file
+
+
+def refuse_foreign(found: Mapping[str, tuple[Container, ...]]) -> None:
+    """`LockedError` when a run is under way on any of the nodes."""
+    for node, containers in found.items():
+        for one in containers:
+            if one.labels.get(LABEL_ROLE) == render.ROLE_RUN and one.is_live:
+                raise LockedError(
+                    f"run {one.labels.get(LABEL_RUN)} is under way (container {one.name})",
+                    where=f"node {node}",
+                    next_step="launcher attach to watch it, launcher stop to end it",
+                )
+
+
+def start_run(machines: Sequence[Machine], plan: Plan, secrets: Mapping[str, str]) -> Mapping[str, str]:
+    """Create all containers (the names are the lock), then start all; gives back their ids by node.
+
+    When one cannot be had, those that were made are removed again.
+    """
+    nodes = {node.name: node for node in plan.nodes}
+
+    def create(machine: Machine) -> str:
+        _sweep(machine, plan)
+        return machine.engine.create(render.run_container(plan, nodes[machine.name]))
+
+    def start(machine: Machine) -> str:
+        container = created[machine.name]
+        machine.engine.start(container)
+        if plan.job.secrets:
+            _hand_over(machine, container, nodes[machine.name].job.secrets, secrets)
+        return container
+
+    made: dict[str, str] = {}
+    try:
+        answers = each(machines, lambda machine: _told(made, machine.name, create(machine)))
+        created = answers.all_or_raise()
+        return each(machines, start).all_or_raise()
+    except BaseException:
+        undo = [machine for machine in machines if machine.name in made]
+        each(undo, lambda machine: machine.engine.remove(made[machine.name]), deadline=15)
+        raise
+
+
+def _told(made: dict[str, str], node: str, container: str) -> str:
+    made[node] = container
+    return container
+
+
+def _sweep(machine: Machine, plan: Plan) -> None:
+    """Remove what an earlier run left of its container, if it has ended."""
+    for one in machine.engine.find({LABEL_CLUSTER: plan.cluster, LABEL_ROLE: render.ROLE_RUN}):
+        if not one.is_live and one.name == render.container_name(plan.cluster, machine.name, render.ROLE_RUN):
+            with contextlib.suppress(NodeError):
+                machine.engine.remove(one.id)
+
+
+def _hand_over(machine: Machine, container: str, folder: str, secrets: Mapping[str, str]) -> None:
+    """Fill the container's tmpfs over standard input: the values are in no argv, environment, inspect or disk."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, value in (*secrets.items(), (SECRETS_COMPLETE, "")):
+            header = tarfile.TarInfo(name)
+            header.size, header.mode = len(value.encode()), 0o400
+            tar.addfile(header, io.BytesIO(value.encode()))
+    told = machine.engine.execute(container, Command(argv=("tar", "-oxf", "-", "-C", folder), stdin=archive.getvalue()))
+    if not told.ok:
+        raise CommandError(machine.name, "the secrets cannot be handed over", detail=told.tail(2))

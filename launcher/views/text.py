@@ -1,0 +1,151 @@
+"""Plans, states and tables as text and as data for JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.container import LABEL_ROLE, LABEL_RUN, Container
+from launcher import render
+from launcher.plan import NodePlan, Plan
+from launcher.state import RunState
+
+
+def plan_text(plan: Plan, todo: Sequence[str] = ()) -> str:
+    """What would be done, and every node's effective configuration."""
+    head = [
+        f"cluster {plan.cluster}: {len(plan.nodes)} nodes, {plan.world_size} processes, {plan.accelerator}, "
+        f"engine {plan.engine}",
+        f"image   {plan.image}",
+        f"meeting {plan.master}:{plan.port}",
+        "",
+        "to do:",
+        *(f"  {one}" for one in todo or ["nothing"]),
+    ]
+    return "\n".join([*head, "", *(node_text(plan, node) for node in plan.nodes)])
+
+
+def node_text(plan: Plan, node: NodePlan) -> str:
+    """One node's part: what accelerate will really be given."""
+    rows = [("address", f"{node.address} ({node.nic or 'interface unknown'})"), ("slots", str(node.slots))]
+    rows += [("mount", f"{mount.source} -> {mount.target}") for mount in render.run_container(plan, node).mounts]
+    lines = [f"node {node.name} (rank {node.rank})", *(f"  {key:<8} {value}" for key, value in rows)]
+    lines += ["  accelerate.yaml", *_indented(render.to_yaml(render.accelerate_config(plan, node)))]
+    if plan.job.config is not None:
+        lines += ["  deepspeed.json", *_indented(render.files(plan, node)["deepspeed.json"])]
+    lines += ["  launch", f"    accelerate launch {' '.join(render.launch_arguments(plan, node)[:-1])}".rstrip()]
+    lines += ["  environment", *(f"    {key}={value}" for key, value in sorted(render.environment(plan, node).items()))]
+    return "\n".join([*lines, ""])
+
+
+def _indented(text: str) -> list[str]:
+    return [f"    {line}" for line in text.splitlines()]
+
+
+def effective(plan: Plan) -> dict[str, Any]:
+    """Every node's effective configuration, for `--json`."""
+    return {
+        "cluster": plan.cluster,
+        "image": plan.image,
+        "world_size": plan.world_size,
+        "master": f"{plan.master}:{plan.port}",
+        "nodes": {
+            node.name: {
+                "rank": node.rank,
+                "slots": node.slots,
+                "address": node.address,
+                "accelerate": render.accelerate_config(plan, node),
+                "launch": list(render.launch_arguments(plan, node)),
+                "environment": render.environment(plan, node),
+            }
+            for node in plan.nodes
+        },
+    }
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as columns; the first row is the head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def status_rows(found: Mapping[str, tuple[Container, ...]], hosts: Mapping[str, str]) -> list[dict[str, Any]]:
+    """One row a node: what stands there of ours."""
+    rows = []
+    for node, containers in found.items():
+        idle = next((one for one in containers if one.labels.get(LABEL_ROLE) == render.ROLE_NODE), None)
+        run = next((one for one in containers if one.labels.get(LABEL_ROLE) == render.ROLE_RUN), None)
+        rows.append(
+            {
+                "node": node,
+                "host": hosts[node],
+                "up": bool(idle and idle.is_live),
+                "run": run.labels.get(LABEL_RUN) if run else None,
+                "state": run.state.value if run else None,
+                "code": run.code if run else None,
+            }
+        )
+    return rows
+
+
+def status_text(cluster: str, rows: Sequence[Mapping[str, Any]], last: RunState | None) -> str:
+    """The rows as a table, and how the last run that is known here went."""
+    cells = [("NODE", "HOST", "UP", "RUN", "STATE")]
+    for row in rows:
+        code = f" ({row['code']})" if row["code"] is not None else ""
+        run = row["run"] or "-"
+        cells.append((row["node"], row["host"], "yes" if row["up"] else "no", run, f"{row['state'] or '-'}{code}"))
+    lines = [f"cluster {cluster}", table(cells)]
+    if last and last.run:
+        lines.append(f"last run {last.run}: {state_line(last)}")
+    return "\n".join(lines)
+
+
+def state_line(state: RunState) -> str:
+    """One run in one line."""
+    if state.is_over:
+        seconds = (state.ended or state.began) - state.began
+        return f"{state.phase} after {seconds:.0f} s{': ' + state.cause if state.cause else ''}"
+    return f"{state.phase}, began {age(state.began)} ago, {state.world_size} processes"
+
+
+def age(began: float) -> str:
+    """How long ago, roughly."""
+    seconds = max(0, time.time() - began)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def state_data(state: RunState | None) -> dict[str, Any] | None:
+    """One run as data."""
+    if state is None or not state.run:
+        return None
+    return {
+        "run": state.run,
+        "cluster": state.cluster,
+        "phase": state.phase,
+        "code": state.code,
+        "cause": state.cause or None,
+        "world_size": state.world_size,
+        "command": list(state.command),
+        "began": state.began,
+        "ended": state.ended,
+    }
+
+
+def run_row(cluster: str, state: RunState) -> dict[str, Any]:
+    """One run for `ls`."""
+    return state_data(state) or {"cluster": cluster, "run": None, "phase": "unknown"}
+
+
+def run_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The runs that are known here, the newest last."""
+    cells = [("RUN", "CLUSTER", "STATE", "COMMAND")]
+    cells += [
+        (row["run"], row["cluster"], row["phase"], " ".join(row["command"])[:60]) for row in rows if row.get("run")
+    ]
+    return table(cells)
