@@ -36,8 +36,6 @@ from launcher.stages.ship import lacking, ship_image
 from launcher.stages.start import refuse_foreign, start_run
 from launcher.stages.watch import Detached, Watched, watch
 
-# A plan that is not of a run (of `up`, of `config show`) has no snapshot and no id.
-NO_RUN, NO_CODE = "up", "none"
 LOOK_DEADLINE = 30.0  # seconds for every node to answer one look, connecting included
 
 
@@ -148,7 +146,7 @@ def converge(
         todo += tuple(f"send the image {tag} to {node}" for node in missing_image)
     elif missing_image:
         shipped = _ship(now, seen, tag=tag, digest=digest or "", to=missing_image)
-    plan = make_plan(now.inventory, job, seen.facts, run_id=NO_RUN, image=digest or tag, code=NO_CODE)
+    plan = make_plan(now.inventory, job, seen.facts, image=digest or tag)
     missing = nodes_up(now.machines, plan, seen.found)
     if dry_run:
         todo += tuple(f"write the configuration and start the container of {node}" for node in missing)
@@ -430,7 +428,7 @@ def plan_only(now: Session, job: Job) -> Plan:
     tag = image_tag(now.inventory)
     if {node.name for node in now.inventory.nodes} - set(facts):
         facts = look(now, tag=tag).facts
-    return make_plan(now.inventory, job, facts, run_id=NO_RUN, image=tag, code=NO_CODE)
+    return make_plan(now.inventory, job, facts, image=tag)
 
 
 def choose_run(now: Session, run_id: str | None) -> str:

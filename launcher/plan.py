@@ -88,12 +88,15 @@ def make_plan(
     job: Job,
     facts: Mapping[str, NodeFacts],
     *,
-    run_id: str,
     image: str,
-    code: str,
+    run_id: str = "",
+    code: str = "",
     port: int | None = None,
 ) -> Plan:
-    """Who does what, where. `code` is the snapshot's digest, `port` the meeting port (default: the inventory's)."""
+    """Who does what, where. `port` is where the processes meet (default: the inventory's).
+
+    `run_id` and `code` (the snapshot's digest) are empty for what is no run: the plan of `up` and of `config show`.
+    """
     nodes = tuple(
         _node_plan(inventory, node, facts[node.name], rank=rank, run_id=run_id, code=code)
         for rank, node in enumerate(inventory.nodes)
@@ -128,7 +131,7 @@ def _node_plan(inventory: Inventory, node: Node, facts: NodeFacts, *, rank: int,
     address = choose_address(node, facts, alone=len(inventory.nodes) == 1)
     root = node_root(inventory, node, facts)
     host = Paths(
-        files=f"{root}/runs/{run_id}/files",
+        files=f"{root}/runs/{run_id}/files" if run_id else f"{root}/node",
         code=f"{root}/store/trees/{code}",
         out=f"{root}/runs/{run_id}/out",
         secrets=f"/dev/shm/launcher-{inventory.name}-{node.name}-{run_id}",  # noqa: S108 - a tmpfs, made 0700

@@ -90,7 +90,7 @@ def environment(plan: Plan, node: NodePlan) -> dict[str, str]:
     """What the job finds in its environment; later ones win: ours, the inventory's, the job's."""
     ours = {
         "LAUNCHER_CLUSTER": plan.cluster,
-        "LAUNCHER_RUN": plan.run,
+        **({"LAUNCHER_RUN": plan.run} if plan.run else {}),
         "LAUNCHER_NODE": node.name,
         "LAUNCHER_CHECKPOINTS": node.job.checkpoints,
         # One NIC for both collectives' libraries: left alone they may choose a bridge that leads nowhere.
@@ -172,7 +172,7 @@ def node_container(plan: Plan, node: NodePlan) -> ContainerSpec:
         role=ROLE_NODE,
         argv=("tail", "-f", "/dev/null"),
         labels={LABEL_RANK: str(node.rank)},
-        mounts=(Mount(source=f"{node.root}/node", target=node.job.files),),
+        mounts=(Mount(source=node.host.files, target=node.job.files),),
         workdir=None,
         secrets=False,
     )

@@ -110,6 +110,8 @@ def _how(failure: Failure, end: NodeEnded) -> str:
         return "out of memory: the kernel killed it at the container's limit"
     if failure.signal:
         return f"killed by {failure.signal}"
+    if failure.type == "SystemExit":  # its message is the code again, or was printed by Python already
+        return f"exit {failure.exit_code}"
     said = ": ".join(part for part in (failure.type, _one_line(failure.message)) if part)
     return f"exit {failure.exit_code}{': ' + said if said else ''}"
 

@@ -54,7 +54,7 @@ def start_nodes(machines: Sequence[Machine], plan: Plan, missing: Mapping[str, N
     def act(machine: Machine) -> None:
         node = missing[machine.name]
         made = machine.transport.send(
-            script(_PUT, f"{node.root}/node", node.host.checkpoints), (_archive(render.node_files(plan, node)),)
+            script(_PUT, node.host.files, node.host.checkpoints), (_archive(render.node_files(plan, node)),)
         )
         _check(machine.name, made, node.root)
         ours = {LABEL_CLUSTER: plan.cluster, LABEL_NODE: node.name, LABEL_ROLE: render.ROLE_NODE}

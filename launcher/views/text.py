@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.command import describe
 from cluster.container import LABEL_ROLE, LABEL_RUN, Container
 from launcher import render
 from launcher.plan import NodePlan, Plan
@@ -34,7 +35,7 @@ def node_text(plan: Plan, node: NodePlan) -> str:
     lines += ["  accelerate.yaml", *_indented(render.to_yaml(render.accelerate_config(plan, node)))]
     if plan.job.config is not None:
         lines += ["  deepspeed.json", *_indented(render.files(plan, node)["deepspeed.json"])]
-    lines += ["  launch", f"    accelerate launch {' '.join(render.launch_arguments(plan, node)[:-1])}".rstrip()]
+    lines += ["  launch", f"    {describe(('accelerate', 'launch', *render.launch_arguments(plan, node)), limit=2000)}"]
     lines += ["  environment", *(f"    {key}={value}" for key, value in sorted(render.environment(plan, node).items()))]
     return "\n".join([*lines, ""])
 
