@@ -9,6 +9,7 @@ set -eu
 suite=bookworm
 mirror=http://deb.debian.org
 security=no
+PATH="$PATH:/usr/sbin:/sbin" # where debootstrap lies, and a user does not look
 
 usage() {
     echo "usage: base.sh [--suite NAME] [--mirror URL] [--security] > base.tar" >&2

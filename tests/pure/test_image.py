@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import runpy
 import tarfile
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def test_the_docker_folder_is_no_package() -> None:
 def test_the_dockerfile_keeps_to_the_classic_builder() -> None:
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
     assert not re.search(r"--mount=|<<|--link|--chmod|^# *syntax=", dockerfile, re.MULTILINE)
+
+
+def test_the_table_of_ops_is_what_the_issue_asks_for() -> None:
+    ops = runpy.run_path(str(ROOT / "docker" / "proof.py"))["ops"]
+    table = (ROOT / "docker" / "ops.txt").read_text()
+    assert set(ops(table, "cpu")) >= {"async_io", "cpu_adam", "pin_memory", "deepspeed_shm_comm"}
+    assert set(ops(table, "cuda")) >= {"async_io", "cpu_adam", "pin_memory", "fused_adam"}
+    assert ops(table, "tpu") == []
 
 
 def test_every_argument_we_pass_is_declared_in_the_dockerfile() -> None:
