@@ -46,7 +46,9 @@ class Answers(Generic[T]):
         if not self.bad:
             return self.good
         first, *others = self.bad.values()
-        first.detail = (*first.detail, *(line for other in others for line in str(other).splitlines()))
+        cure = f"  next: {first.next_step}"  # once, where it is the same for all
+        said = (line for other in others for line in str(other).splitlines() if line != cure)
+        first.detail = (*first.detail, *said)
         raise first
 
 

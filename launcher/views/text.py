@@ -30,12 +30,17 @@ def plan_text(plan: Plan, todo: Sequence[str] = ()) -> str:
 def node_text(plan: Plan, node: NodePlan) -> str:
     """One node's part: what accelerate will really be given."""
     rows = [("address", f"{node.address} ({node.nic or 'interface unknown'})"), ("slots", str(node.slots))]
-    rows += [("mount", f"{mount.source} -> {mount.target}") for mount in render.run_container(plan, node).mounts]
+    container = render.run_container(plan, node) if plan.run else render.node_container(plan, node)
+    rows += [("mount", f"{mount.source} -> {mount.target}") for mount in container.mounts]
     lines = [f"node {node.name} (rank {node.rank})", *(f"  {key:<8} {value}" for key, value in rows)]
     lines += ["  accelerate.yaml", *_indented(render.to_yaml(render.accelerate_config(plan, node)))]
     if plan.job.config is not None:
         lines += ["  deepspeed.json", *_indented(render.files(plan, node)["deepspeed.json"])]
-    lines += ["  launch", f"    {describe(('accelerate', 'launch', *render.launch_arguments(plan, node)), limit=2000)}"]
+    if plan.job.script:
+        lines += [
+            "  launch",
+            f"    {describe(('accelerate', 'launch', *render.launch_arguments(plan, node)), limit=2000)}",
+        ]
     lines += ["  environment", *(f"    {key}={value}" for key, value in sorted(render.environment(plan, node).items()))]
     return "\n".join([*lines, ""])
 
