@@ -120,6 +120,8 @@ _SYNONYMS = {
 
 
 def _check_host(host: str) -> str:
+    if len(host) > _LONGEST_HOST:
+        raise ValueError(f"must be a host name or address of at most {_LONGEST_HOST} characters")
     if ":" in host and not re.search(r"[@/\[\]% ]", host) and not re.fullmatch(r"[^:]*:\d*", host):
         return _check_address(host)
     for wrong, why in _HOST_FAULTS:
@@ -130,8 +132,8 @@ def _check_host(host: str) -> str:
     if re.search(r"(?:^|\.)(?:[0-9]+|0[xX][0-9a-fA-F]*)$", host):
         return _check_address(host)
     label = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
-    if len(host) > _LONGEST_HOST or not all(label.fullmatch(part) for part in host.split(".")):
-        raise ValueError("must be a host name (letters, digits, '-', '.'; at most 253 in all, 63 between dots)")
+    if not all(label.fullmatch(part) for part in host.split(".")):
+        raise ValueError("must be a host name (letters, digits, '-', '.'; at most 63 between two dots)")
     return host
 
 
@@ -467,18 +469,18 @@ class Container(_Model):
         examples=[{"memlock": -1, "stack": 67108864}],
         json_schema_extra={"propertyNames": {"enum": list(_ULIMITS)}},
     )
-    mounts: Annotated[tuple[Mount, ...], AfterValidator(_check_mounts)] = Field(
+    mounts: Annotated[tuple[Mount, ...], Field(max_length=64), AfterValidator(_check_mounts)] = Field(
         default=(),
         description="More folders of the node; NVMe, checkpoints, data and cache have their own keys.",
         examples=[[{"source": "/mnt/models", "target": "/models"}]],
     )
-    devices: tuple[Device, ...] = Field(
+    devices: Annotated[tuple[Device, ...], Field(max_length=64)] = Field(
         default=(), description="Devices besides the GPUs.", examples=[["/dev/infiniband"]]
     )
     env: Env = Field(
         default={}, description="Environment on all nodes; a node's own env wins.", examples=[{"NCCL_DEBUG": "WARN"}]
     )
-    secrets: Annotated[tuple[EnvName, ...], AfterValidator(_check_secrets)] = Field(
+    secrets: Annotated[tuple[EnvName, ...], Field(max_length=64), AfterValidator(_check_secrets)] = Field(
         default=(),
         description="Names of secrets; their values come from the caller's environment and are never written down.",
         examples=[["HF_TOKEN"]],
@@ -549,7 +551,7 @@ class NodeDefaults(_Model):
         description="Network interface for training traffic. Default: the one that has the node's address.",
         examples=["eth1"],
     )
-    nvme: Annotated[tuple[NodePath, ...], AfterValidator(_check_nvme)] = Field(
+    nvme: Annotated[tuple[NodePath, ...], Field(max_length=64), AfterValidator(_check_nvme)] = Field(
         default=(),
         description="Folders on local NVMe disks for ZeRO offload (/nvme/0, /nvme/1 in the container).",
         examples=[["/mnt/nvme0", "/mnt/nvme1"]],
@@ -613,7 +615,7 @@ class Inventory(_Model):
         description="What holds for every node that does not say otherwise.",
         examples=[{"user": "ml"}],
     )
-    nodes: tuple[Node, ...] = Field(
+    nodes: Annotated[tuple[Node, ...], Field(max_length=1024)] = Field(
         description="The machines; the first is the master.",
         examples=[[{"name": "gpu-01", "host": "10.0.0.11"}]],
         json_schema_extra={"minItems": 1},
@@ -736,26 +738,28 @@ def _home() -> Path | None:
 
 def _input_error(errors: list[ErrorDetails], document: Document) -> InputError:
     """All problems in the order of the file: the first is the message, the others are its detail."""
-    # A misspelt key is one mistake, not two: the right one is not told to be missing as well.
-    meant = {(*error["loc"][:-1], _meant(error["loc"])) for error in errors if error["type"] == "extra_forbidden"}
-    errors = [error for error in errors if error["type"] != "missing" or error["loc"] not in meant]
-    problems = [(tuple(part for part in error["loc"] if part != "[key]"), _says(error)) for error in errors]
-    told = sorted(
-        {(document.position(place), place, f"{_dotted(place)} {what}") for place, what in problems}, key=_order
-    )
-    (_, first, what), *others = told
-    detail = [f"{document.where(place)}: {also}" for _, place, also in others[:_MOST_SHOWN]]
+    first, *others = sorted(_without_echoes(errors), key=lambda error: document.position(_place(error)))
+    detail = [f"{document.where(_place(error))}: {_sentence(error)}" for error in others[:_MOST_SHOWN]]
     if len(others) > _MOST_SHOWN:
         detail.append(f"and {len(others) - _MOST_SHOWN} more")
-    return InputError(what, where=document.where(first), detail=tuple(detail), next_step=_NEXT_STEP)
+    where = document.where(_place(first))
+    return InputError(_sentence(first), where=where, detail=tuple(detail), next_step=_NEXT_STEP)
 
 
-def _order(told: tuple[tuple[int, int], Place, str]) -> tuple[tuple[int, int], str]:
-    return told[0], told[2]
+def _without_echoes(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """A misspelt key is one mistake, not two: the right one is not told to be missing as well."""
+    unknown = [error["loc"] for error in errors if error["type"] == "extra_forbidden"]
+    meant = {(*loc[:-1], _meant(loc)) for loc in unknown[:_MOST_SHOWN]}
+    return [error for error in errors if error["type"] != "missing" or error["loc"] not in meant]
 
 
-def _dotted(place: Place) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{_legible(part)}" for part in place).lstrip(".")
+def _place(error: ErrorDetails) -> Place:
+    return tuple(part for part in error["loc"] if part != "[key]")
+
+
+def _sentence(error: ErrorDetails) -> str:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{_legible(part)}" for part in _place(error))
+    return f"{''.join(parts).lstrip('.')} {_says(error)}"
 
 
 def _says(error: ErrorDetails) -> str:
@@ -770,6 +774,7 @@ def _says(error: ErrorDetails) -> str:
         "extra_forbidden": lambda: _unknown_key(error["loc"]),
         "string_pattern_mismatch": lambda: _mismatch(context["pattern"], given),
         "literal_error": lambda: _wrong_word(str(context["expected"]), given),
+        "too_long": lambda: f"must hold at most {context['max_length']} items",
         "greater_than_equal": lambda: f"must be at least {context['ge']}, not {given}",
         "less_than_equal": lambda: f"must be at most {context['le']}, not {given}",
     }

@@ -168,6 +168,7 @@ BOMBS = {
     "many aliases": ("a: &a [x]\nb: [" + "*a," * 100_000 + "]", "f.yaml:1:4: the anchor '&a'"),
     "long": ("#" * (document.LARGEST + 1), "f.yaml:1:1: the file is larger than 1048576 bytes"),
     "long number": ("a: " + "9" * 900_000, "is a number that is not written plainly, or too large"),
+    "long half of a number": ("a: [" + "9" * 900_000 + "x, *a]", "the alias '*a'"),
     "merge keys": ("a: {<<: [{<<: {}}]}", "f.yaml:1:5: a merge key '<<'"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,27 @@ def test_a_long_list_of_mistakes_is_cut() -> None:
     told = refusal(text)
     assert len(told) == 23
     assert told[-2] == "  and 9 more"
+
+
+HUGE: dict[str, tuple[dict[str, object], str]] = {
+    "host of colons": ({"nodes": [{"name": "n1", "host": ":" * 900_000}]}, "at most 253 characters"),
+    "many folders": ({"defaults": {"nvme": [f"/mnt/n{n}" for n in range(40_000)]}}, "must hold at most 64 items"),
+    "many wrong keys": ({f"key{n}": 1 for n in range(40_000)}, "and 39979 more"),
+    "many wrong nodes": ({"nodes": [1] * 90_000}, "nodes[0] must be a mapping"),
+    "long key": ({"x" * 1000: 1}, "is no key"),
+    "long path": ({"defaults": {"nvme": ["/" * 900_000]}}, "must be written plainly"),
+    "long size": ({"container": {"shm_size": "9" * 900_000}}, "must be a size in m or g"),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_huge_inventory_is_refused_soon(name: str) -> None:
+    data, says = HUGE[name]
+    begin = time.process_time()
+    told = refusal(json.dumps({"name": "lab", "nodes": [{"name": "n1", "host": "h"}], **data}))
+    assert any(says in line for line in told)
+    assert time.process_time() - begin < 5  # on a slow machine; less than one is usual
+    assert max(map(len, told)) < 500
 
 
 def test_a_long_key_is_cut() -> None:
