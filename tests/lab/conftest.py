@@ -1,0 +1,128 @@
+"""The lab ring's fixtures: three real nodes, and the real command line as a user would call it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.testbed import lab as testbed
+
+ROOT = Path(__file__).parents[2]
+PREFIX = os.environ.get("LAUNCHER_TEST_LAB", "ring")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(item.path).is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.lab)
+            item.add_marker(pytest.mark.timeout(1800))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What the command line answered."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def first(self) -> str:
+        """The first line of the error."""
+        return next((line for line in self.err.splitlines() if line.startswith("error: ")), "")
+
+
+@dataclass(slots=True, kw_only=True)
+class User:
+    """Somebody with a working directory and a memory, who calls `launcher`."""
+
+    home: Path
+    inventory: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def begin(self, *argv: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own: a signal reaches it and nobody else."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "launcher.cli", *argv],
+            cwd=self.home,
+            env={**os.environ, **self.environment, "LAUNCHER_STATE": str(self.home / ".state"), **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def launcher(self, *argv: str, environment: Mapping[str, str] = {}) -> Said:
+        """Run a command to its end."""
+        return self.end(self.begin(*argv, environment=environment))
+
+    def end(self, running: subprocess.Popen[bytes]) -> Said:
+        """Wait for a command's end."""
+        try:
+            out, err = running.communicate(timeout=900)
+        finally:
+            if running.poll() is None:
+                os.killpg(running.pid, signal.SIGKILL)
+        return Said(code=running.returncode, out=out.decode(), err=err.decode())
+
+    def write(self, **changes: object) -> Path:
+        """Another inventory beside the first, with these top-level keys in place of its own."""
+        data = {**yaml.safe_load(self.inventory.read_text()), **changes}
+        path = self.home / f"changed-{time.monotonic_ns()}.yaml"
+        path.write_text(yaml.safe_dump(data, sort_keys=False))
+        return path
+
+
+def make_user(home: Path, inventory: Path) -> User:
+    """A user with a copy of the example, the inventory at hand."""
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copy(inventory, home / "cluster.yaml")
+    shutil.copytree(ROOT / "examples", home / "examples", dirs_exist_ok=True)
+    shutil.copytree(Path(__file__).parent / "jobs", home / "jobs", dirs_exist_ok=True)
+    (home / ".launcherignore").write_text(".state/\nout/\n")
+    return User(home=home, inventory=home / "cluster.yaml")
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[testbed.Lab]:
+    """Three nodes; they are removed at the end, with everything on them."""
+    made = testbed.up(prefix=PREFIX)
+    yield made
+    if not os.environ.get("LAUNCHER_TEST_KEEP_LAB"):
+        testbed.down(prefix=PREFIX)
+
+
+@pytest.fixture(scope="session")
+def user(lab: testbed.Lab, tmp_path_factory: pytest.TempPathFactory) -> User:
+    """A user whose cluster is up: trusted, image on every node, node containers running."""
+    made = make_user(tmp_path_factory.mktemp("user") / "project", lab.inventory)
+    trusted = made.launcher("trust", "--yes")
+    assert trusted.code == 0, trusted.err
+    up = made.launcher("up")
+    assert up.code == 0, up.err
+    return made
+
+
+def containers(node: str, *, role: str = "") -> list[str]:
+    """The names of our containers on a node, ended ones too, asked of its own engine."""
+    wanted = ["--filter", f"label=launcher.role={role}"] if role else ["--filter", "label=launcher.cluster"]
+    return testbed.run(node, "docker", "ps", "-a", *wanted, "--format", "{{.Names}}").split()
+
+
+def eventually(true: Callable[[], bool], what: str, *, seconds: float = 60) -> None:
+    """Wait for something that another process brings about."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            pytest.fail(f"not within {seconds:g} s: {what}")
+        time.sleep(0.1)
