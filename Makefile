@@ -1,0 +1,102 @@
+# What there is to do here; `make` alone lists it. Everything happens in .venv, build/ and .lab/ of this folder.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The first Python >= 3.10 of this machine. Another one: make setup PYTHON=/path/to/python3
+PYTHON ?= $(shell for one in python3 python3.13 python3.12 python3.11 python3.10; do \
+    $$one -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$one && break; done)
+# More options for pip, for example: make setup PIP_OPTIONS='--extra-index-url https://download.pytorch.org/whl/cpu'
+PIP_OPTIONS ?=
+# For `make image`; --help of `launcher image build` lists the options.
+FLAVOUR ?= cuda
+IMAGE_OPTIONS ?=
+# More options for pytest, for example: make test TESTS=tests/lab PYTEST_OPTIONS='-x -k kill'
+TESTS ?= tests
+PYTEST_OPTIONS ?=
+DEMO_STEPS ?= 40
+
+PY := .venv/bin/python
+LAUNCHER := .venv/bin/launcher
+PYTEST := $(PY) -m pytest
+STAMP := .venv/.launcher-setup
+DEMO := $(CURDIR)/build/demo
+# Quick tests that need neither Docker nor sshd nor torch.
+QUICK := $(wildcard tests/pure tests/inside tests/docs)
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+.PHONY: setup
+setup: $(STAMP) ## Create .venv with the launcher, the local engine's torch and the tools
+
+$(STAMP): pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then \
+	    printf 'setup: there is no Python >= 3.10\n  next: apt-get install python3 python3-venv, or make setup PYTHON=/path/to/python3\n' >&2; exit 1; fi
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	    printf 'setup: %s cannot make virtual environments\n  next: apt-get install python3-venv\n' "$(PYTHON)" >&2; exit 1; fi
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then $(PYTHON) -m venv --clear .venv; fi
+	$(PY) -m pip install $(PIP_OPTIONS) --editable '.[local,dev]'
+	@touch $@
+
+# A home of its own: the demo meets nobody's clusters, keys or containers.
+.PHONY: demo
+demo: setup ## Train, save and re-load a small GPT on this machine, without SSH and Docker
+	@mkdir -p '$(DEMO)'; export HOME='$(DEMO)' LAUNCHER_STATE='$(DEMO)/state' PATH="$$PWD/.venv/bin:$$PATH"; \
+	tell() { printf '\n$$ %s\n' "$$*"; "$$@"; }; \
+	tell launcher up examples/local.yaml; \
+	trap 'tell launcher down -c examples/local.yaml' EXIT; \
+	tell launcher run -c examples/local.yaml --stage 3 --port auto --env PYTHONWARNINGS=ignore::FutureWarning \
+	    examples/train.py --steps $(DEMO_STEPS) --log-every 5; \
+	printf '\nthe model: %s\n' "$$(ls -t '$(DEMO)'/.launcher/local/local/checkpoints/*/final/model.safetensors | head -n 1)"
+
+.PHONY: test
+test: setup ## Run all tests; sshd and a Docker engine are needed (.ci/machine gets them where it may)
+	@without=(); if ! nvidia-smi -L >/dev/null 2>&1; then without=(-m 'not gpu'); fi; \
+	.ci/machine $(PYTEST) $(TESTS) --ignore=tests/benchmarks "$${without[@]}" $(PYTEST_OPTIONS)
+
+.PHONY: check
+check: setup ## Lint, format, types, storeys, quick tests; writes nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+	$(PYTEST) $(QUICK) -m 'not oracle' -q
+
+.PHONY: fix
+fix: setup ## Mend what ruff can mend; writes
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+.PHONY: golden
+golden: setup ## Write the golden files anew; look at the difference before you commit it
+	LAUNCHER_GOLDEN=write $(PYTEST) tests/pure -q
+	@git diff --stat -- tests
+
+.PHONY: image
+image: setup ## Build the image: make image FLAVOUR=cuda|cpu IMAGE_OPTIONS='--wheels wheels'
+	$(LAUNCHER) image build --flavour $(FLAVOUR) $(IMAGE_OPTIONS)
+
+.PHONY: lab
+lab: setup ## Start three nodes (sshd and dockerd each) in containers; prints their inventory
+	@. .ci/site.sh; $(PY) -m tests.testbed.lab up
+
+.PHONY: lab-down
+lab-down: setup ## Remove these nodes with all that is on them
+	@$(PY) -m tests.testbed.lab down
+
+# The same recipe as the laboratory's inventory, so that one image serves both.
+.PHONY: smoke
+smoke: setup ## Train a few steps in one container of the CPU image, by plain docker run
+	@.ci/machine bash -euo pipefail -c '\
+	    image=$$($(LAUNCHER) image build --flavour cpu \
+	        $${LAUNCHER_TEST_WHEELS:+--wheels "$$LAUNCHER_TEST_WHEELS"} \
+	        $${LAUNCHER_TEST_CA_BUNDLE:+--ca-bundle "$$LAUNCHER_TEST_CA_BUNDLE"} \
+	        $${LAUNCHER_TEST_APT_MIRROR:+--apt-mirror "$$LAUNCHER_TEST_APT_MIRROR"} \
+	        $${LAUNCHER_TEST_BASE:+--base "$$LAUNCHER_TEST_BASE"}); \
+	    $(PY) -m tests.testbed.smoke "$$image"'
+
+.PHONY: bench
+bench: setup ## Measure: from `launcher run` to the first line of the job, beside a script by hand
+	@.ci/machine $(PYTEST) tests/benchmarks -s $(PYTEST_OPTIONS)
