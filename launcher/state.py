@@ -75,17 +75,22 @@ _ECHO = re.compile(
 def first_cause(ends: Mapping[str, NodeEnded]) -> tuple[str, str] | None:
     """The node that failed first and how, in one line; None when every node ended well or was told to stop.
 
-    Of all failures of all nodes the earliest that is not merely an echo of another one's death. A signal or an
-    out-of-memory kill is never an echo: no collective dies of one.
+    Of all failures of all nodes the earliest that is not merely an echo of another one's death; else the earliest end
+    that nobody could explain (a lost node), whose echo the others may be. A signal or an out-of-memory kill is never
+    an echo: no collective dies of one.
     """
     bad = [end for end in ends.values() if end.code != 0 and not end.stopped]
-    ranked = sorted(((_is_echo(end, failure), failure.time), end.node, end, failure) for end, failure in _each(bad))
-    if ranked:
-        _, node, end, failure = ranked[0]
-        return node, _failure(failure, end)
-    if bad:
-        return min((end.time, end.node, _end(end)) for end in bad)[1:]
-    return None
+    failures = sorted(_each(bad), key=_earliest)
+    silent = [(end.time, end.node, _end(end)) for end in bad if not end.oom and not end.failures]
+    if failures and not (silent and _is_echo(*failures[0])):
+        end, failure = failures[0]
+        return end.node, _failure(failure, end)
+    return min(silent)[1:] if silent else None
+
+
+def _earliest(one: tuple[NodeEnded, Failure]) -> tuple[bool, float, str, int]:
+    end, failure = one
+    return _is_echo(end, failure), failure.time, end.node, -1 if failure.rank is None else failure.rank
 
 
 def _each(bad: Iterable[NodeEnded]) -> Iterable[tuple[NodeEnded, Failure]]:
