@@ -99,7 +99,8 @@ Emit = Callable[[Event], None]
 
 def to_json(event: Event) -> str:
     """One line, without its end."""
-    return json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}, ensure_ascii=False)
+    # In ASCII: a rank's last words may hold lone surrogates, which no file can, and what some take for a line's end.
+    return json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)})
 
 
 def from_json(line: str) -> Event | None:
@@ -114,5 +115,5 @@ def from_json(line: str) -> Event | None:
             elif isinstance(value, list):
                 said[field] = tuple(value)
         return kind(**said)
-    except (ValueError, TypeError, KeyError, AttributeError, StopIteration):
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
         return None

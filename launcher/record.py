@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,7 +35,14 @@ def state_folder(environment: Mapping[str, str]) -> Path:
         return Path(environment["LAUNCHER_STATE"]).absolute()
     if environment.get("XDG_STATE_HOME"):
         return Path(environment["XDG_STATE_HOME"]) / "launcher"
-    return Path(environment.get("HOME") or "~").expanduser() / ".local/state/launcher"
+    try:
+        return Path(environment.get("HOME") or "~").expanduser() / ".local/state/launcher"
+    except RuntimeError:
+        raise InputError("no home folder is known", next_step="set HOME, or LAUNCHER_STATE to a folder") from None
+
+
+RANK_DIGITS = 5
+_OF_RANK = re.compile(rf"rank-\d{{{RANK_DIGITS}}}\.log")
 
 
 class Memory:
@@ -54,10 +62,7 @@ class Memory:
 
     def current(self) -> str | None:
         """The cluster that was brought up last, if it is still known."""
-        try:
-            name = (self._folder / "current").read_text().strip()
-        except OSError:
-            return None
+        name = _line(self._folder / "current")
         return name if name and self.cluster(name).inventory() else None
 
     def make_current(self, name: str) -> None:
@@ -84,17 +89,12 @@ class ClusterMemory:
 
     def inventory(self) -> Path | None:
         """Where the inventory file was when the cluster was last brought up."""
-        try:
-            return Path((self.folder / "inventory").read_text().strip())
-        except OSError:
-            return None
+        path = _line(self.folder / "inventory")
+        return Path(path) if path else None
 
     def engine(self) -> str | None:
         """The engine that `up` was told to use in place of the inventory's."""
-        try:
-            return (self.folder / "engine").read_text().strip() or None
-        except OSError:
-            return None
+        return _line(self.folder / "engine")
 
     def remember(self, inventory: Path, *, engine: str | None) -> None:
         """Keep where the inventory file is, and an engine that stands in for its own."""
@@ -143,7 +143,7 @@ class RunRecord:
     def merged(self) -> Iterator[tuple[str, bytes]]:
         """All mirrored lines with their node, by the time at which they were written."""
         mirrors = sorted(self.logs.glob("*.log")) if self.logs.is_dir() else []
-        streams = [_lines(path) for path in mirrors if not path.name.startswith("rank-")]
+        streams = [_lines(path) for path in mirrors if not _OF_RANK.fullmatch(path.name)]
         for _, node, line in heapq.merge(*streams, key=lambda one: one[0]):
             yield node, line
 
@@ -153,7 +153,7 @@ class RunRecord:
         for _, line in self.merged():
             moment, _, rest = line.partition(b" ")
             rank, _, text = rest.partition(b" ")
-            if rank.isdigit():
+            if rank.isdigit() and len(rank) <= RANK_DIGITS:
                 parts.setdefault(rank, []).append(moment + b" " + text + b"\n")
         for rank, lines in parts.items():
             (self.logs / f"rank-{int(rank):05d}.log").write_bytes(b"".join(lines))
@@ -165,7 +165,8 @@ class RunRecord:
     def load_plan(self) -> Plan | None:
         """The plan, None when there is none that this version can read."""
         try:
-            return plan_from_json((self.folder / "plan.json").read_text(), name=str(self.folder / "plan.json"))
+            text = (self.folder / "plan.json").read_text(encoding="utf-8", errors="replace")
+            return plan_from_json(text, name=str(self.folder / "plan.json"))
         except (OSError, InputError):
             return None
 
@@ -173,8 +174,10 @@ class RunRecord:
         """Append one event; it is on disk when this returns."""
         with self._lock:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with (self.folder / "events.jsonl").open("a", encoding="utf-8") as log:
-                log.write(to_json(event) + "\n")
+            with (self.folder / "events.jsonl").open("ab") as log:
+                # After a torn line (a full disk, a crash) a new one begins.
+                start = b"\n" if _is_torn(self.folder / "events.jsonl") else b""
+                log.write(start + to_json(event).encode() + b"\n")
                 log.flush()
                 os.fsync(log.fileno())
 
@@ -184,11 +187,25 @@ class RunRecord:
             text = (self.folder / "events.jsonl").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return
-        yield from filter(None, map(from_json, text.splitlines()))
+        yield from filter(None, map(from_json, text.split("\n")))
 
     def state(self) -> RunState:
         """What the events amount to."""
         return fold(self.events())
+
+
+def _line(path: Path) -> str | None:
+    """What a one-line file says; None when there is none, or nothing that can be used."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return text if text.isprintable() and text else None
+
+
+def _is_torn(path: Path) -> bool:
+    with path.open("rb") as log:
+        return bool(log.seek(0, os.SEEK_END)) and (log.seek(-1, os.SEEK_END), log.read(1))[1] != b"\n"
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, str, bytes]]:
@@ -227,11 +244,16 @@ def write_whole(path: Path, text: str) -> None:
     """Write a private file so that it is never seen half: beside it, to the disk, then under its name."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial.unlink(missing_ok=True)  # of a process that died while it had our number
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _facts_type() -> Any:
@@ -252,4 +274,5 @@ def _plan_type() -> Any:
 
 def to_pretty_json(value: object) -> str:
     """JSON for people and programs alike."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    return text.encode(errors="backslashreplace").decode()  # a lone surrogate cannot be printed; JSON can escape it
