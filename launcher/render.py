@@ -104,6 +104,9 @@ def environment(plan: Plan, node: NodePlan) -> dict[str, str]:
         ours["HF_HOME"] = f"{node.job.cache}/huggingface"
     if plan.accelerator == "cpu":
         ours["DS_ACCELERATOR"] = "cpu"
+    if not zero.uses_deepspeed(plan.job) and plan.job.zero.accumulation > 1:
+        # The YAML has no key for it outside deepspeed_config; Accelerator() reads this.
+        ours["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(plan.job.zero.accumulation)
     return {**ours, **dict(node.env), **dict(plan.job.env)}
 
 

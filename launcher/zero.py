@@ -8,6 +8,7 @@ https://www.deepspeed.ai/docs/config-json/.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,8 @@ def read_config(text: str, *, name: str) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise PlanError("this JSON is nested too deeply", where=name) from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise PlanError(f"this is not JSON: {error}", where=name) from None
     if not isinstance(config, dict):
         raise PlanError("a DeepSpeed configuration is a JSON object", where=name)
     return config
@@ -104,8 +107,14 @@ def _check_plugin(zero: Zero) -> None:
         raise PlanError(
             f"{zero.accumulation} accumulation steps are not possible", where="--accumulation", next_step="1 or more"
         )
-    if zero.clipping is not None and zero.clipping < 0:
+    if zero.clipping is not None and not 0 <= zero.clipping < math.inf:
         raise PlanError(f"{zero.clipping} is no norm to clip at", where="--clipping", next_step="0 or more")
+    if zero.clipping is not None and zero.stage == 0:
+        raise PlanError(
+            "clipping from outside needs ZeRO: plain training would ignore it",
+            where="--clipping",
+            next_step="add --stage 1, 2 or 3, or clip in the script (accelerator.clip_grad_norm_)",
+        )
     if zero.offload_optimizer != "none" and zero.stage == 0:
         raise PlanError(
             "offloading the optimizer needs ZeRO",
@@ -132,6 +141,12 @@ def _check_file(job: Job) -> None:
             "a DeepSpeed file and plugin settings clash: Accelerate refuses them beside each other",
             where="--ds-config",
             next_step="write the stage, offload, accumulation and clipping into the file, or leave the file out",
+        )
+    if job.precision != "no":
+        raise PlanError(
+            "a DeepSpeed file and --precision clash: the file alone says in what precision DeepSpeed trains",
+            where="--ds-config",
+            next_step=f'write {{"{job.precision}": {{"enabled": true}}}} into the file, and leave --precision out',
         )
     config = read_config(job.config or "", name="--ds-config")
     if "zero_optimization" not in config:
