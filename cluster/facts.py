@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.command import Command, script
 
@@ -115,13 +116,13 @@ def read_system(text: str) -> System:
         kernel=said.get("kernel", ""),
         arch=said.get("arch", ""),
         user=said.get("user", ""),
-        uid=int(said.get("uid") or 0),
-        gid=int(said.get("gid") or 0),
+        uid=_integer(said.get("uid", "")),
+        gid=_integer(said.get("gid", "")),
         home=said.get("home", ""),
-        cpus=int(said.get("cpus") or 1),
-        memory=int(said.get("memory") or 0) * 1024,
-        shm=int(said.get("shm") or 0) * 1024,
-        clock=float(said.get("clock") or 0),
+        cpus=_integer(said.get("cpus", "")) or 1,
+        memory=_integer(said.get("memory", "")) * 1024,
+        shm=_integer(said.get("shm", "")) * 1024,
+        clock=_seconds(said.get("clock", "")),
     )
 
 
@@ -150,7 +151,7 @@ def read_nics(text: str) -> tuple[Nic, ...]:
     """Reads `ip -o addr show up scope global`."""
     addresses: dict[str, list[str]] = {}
     for line in text.splitlines():
-        match = re.match(r"\d+:\s+(\S+)\s+inet6?\s+([0-9a-fA-F.:]+)/", line)
+        match = re.match(r"\d+:\s+(\S+)\s+inet6?\s+([0-9a-fA-F.:]+)(?:/| peer )", line)
         if match:
             addresses.setdefault(match[1].split("@")[0], []).append(match[2])
     return tuple(Nic(name=name, addresses=tuple(found)) for name, found in addresses.items())
@@ -197,6 +198,8 @@ def read_docker(text: str) -> DockerFact:
         said = json.loads(line) if line else {}
     except ValueError:
         said = {}
+    if isinstance(said.get("version"), dict) and isinstance(said.get("host"), dict):
+        return _read_podman(said)
     if not said.get("ServerVersion"):
         errors = said.get("ServerErrors") or [text.strip() or "docker is not installed"]
         return DockerFact(error=" ".join(str(errors[-1]).split()))
@@ -208,6 +211,18 @@ def read_docker(text: str) -> DockerFact:
     )
 
 
+def _read_podman(said: Mapping[str, Any]) -> DockerFact:
+    """What `docker info` says where `docker` is podman's imitation."""
+    host = said["host"]
+    runtime = (host.get("ociRuntime") or {}).get("name")
+    return DockerFact(
+        version=f"podman {said['version'].get('Version', '')}".strip(),
+        runtimes=(str(runtime),) if runtime else (),
+        rootless=bool((host.get("security") or {}).get("rootless")),
+        root=str((said.get("store") or {}).get("graphRoot") or ""),
+    )
+
+
 def read_routes(text: str) -> dict[str, str]:
     """Reads `<address> <answer of ip route get>` lines into address -> interface."""
     routes = {}
@@ -216,6 +231,12 @@ def read_routes(text: str) -> dict[str, str]:
         if match := re.search(r"\bdev (\S+)", answer):
             routes[address] = match[1]
     return routes
+
+
+def _seconds(text: str) -> float:
+    # BusyBox knows no %N and leaves it standing: whole seconds then.
+    match = re.match(r"\d+(\.\d+)?", text)
+    return float(match[0]) if match else 0.0
 
 
 def _integer(text: str) -> int:
