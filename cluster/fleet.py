@@ -12,7 +12,7 @@ from threading import BoundedSemaphore, Thread
 from typing import Generic, TypeVar
 
 from cluster.engine import Engine
-from cluster.errors import NodeError, UnreachableError
+from cluster.errors import CommandError, NodeError, UnreachableError
 from cluster.facts import NodeFacts, read_survey, survey_command
 from cluster.inventory import Inventory, Node
 from cluster.transport import Transport
@@ -82,6 +82,8 @@ def each(
 
 def _answer(future: Future[T], gate: BoundedSemaphore, act: Callable[[Machine], T], machine: Machine) -> None:
     with gate:
+        if not future.set_running_or_notify_cancel():
+            return  # the deadline passed while this one waited for its turn: nobody would hear of what it did
         try:
             future.set_result(act(machine))
         except BaseException as error:  # noqa: BLE001 - handed to the caller, who re-raises what is no NodeError
@@ -92,7 +94,7 @@ def _collect(futures: Mapping[Future[T], str], deadline: float | None) -> Answer
     good: dict[str, T] = {}
     bad: dict[str, NodeError] = {}
     for future, node in futures.items():
-        if not future.done():
+        if future.cancel() or not future.done():
             bad[node] = UnreachableError(node, f"no answer within {deadline:g} s")
             continue
         error = future.exception()
@@ -121,7 +123,15 @@ def ask_facts(machine: Machine, *, paths: Sequence[str], peers: Sequence[str], e
     machine.transport.open()
     sent = time.time()
     answer = machine.transport.run(survey_command(paths=paths, peers=peers, engine=engine), timeout=30)
-    return read_survey(answer.text, sent=sent, received=time.time())
+    received = time.time()
+    if not answer.ok:
+        raise CommandError(
+            machine.name,
+            f"the survey ended with exit code {answer.code}",
+            detail=answer.tail(),
+            next_step="the account must be able to run commands with sh",
+        )
+    return read_survey(answer.text, sent=sent, received=received)
 
 
 def connect(inventory: Inventory, *, known_hosts: Path) -> tuple[Machine, ...]:
