@@ -18,7 +18,10 @@ COLOURS = (36, 33, 35, 32, 34, 96, 93, 95, 92, 94)
 EVERY = 5.0  # seconds between two lines of progress where there is no terminal
 
 # What a rank prints could move the cursor, set the title or hide text: only colours are let through.
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# Of those not the one that conceals (8), unless it is part of a colour (38;5;8).
+_COLOUR = re.compile(
+    r"\x1b\[(?:(?:[34]8;(?:5;\d{1,3}|2;\d{1,3};\d{1,3};\d{1,3})|[0-79]|[1-79]\d|10[0-7])(?:;|(?=m)))*m", re.ASCII
+)
 _CONTROL = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b\[[0-?]*[ -/]*[@-~]|\x1b.?|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 )
@@ -59,12 +62,13 @@ class LogView:
         moment, rank, text = split_record(line)
         if (self._rank is not None and rank != self._rank) or moment < self._since:
             return
+        if self._out.isatty():  # the job can write to its node's log: no part of a record can be trusted
+            rank, text = sanitize(rank), sanitize(text)
         head = f"{node:<{self._width}} {rank:>2} |"
         if self._colour:
             head = f"\x1b[{self._colours.get(node, 0)}m{head}\x1b[0m"
-        shown = sanitize(text) if self._out.isatty() else text
         with self._lock:
-            self._out.write(f"{head} {shown}\n")
+            self._out.write(f"{head} {text}\n")
             self._out.flush()
 
 
@@ -84,7 +88,7 @@ class Teller:
         """One line about what was done."""
         with self._lock:
             self._clear()
-            self._out.write(f"{text}\n")
+            self._out.write(f"{sanitize(text) if self._moving else text}\n")  # errors quote what machines said
             self._out.flush()
 
     def warn(self, finding: Finding) -> None:
