@@ -77,7 +77,7 @@ def pin_keys(hop: Hop, known_hosts: Path, *, replace: bool) -> None:
     pin(known_hosts, hop.keys, replace=replace)
 
 
-_HOST = re.compile(r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>\d+))?")
+_HOST = re.compile(r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>\d{1,5}))?", re.ASCII)
 
 
 def read_hosts(hosts: Sequence[str], *, name: str, identity_file: str | None) -> Inventory:
@@ -126,7 +126,7 @@ def render_first(first: Inventory, facts: Mapping[str, NodeFacts]) -> str:
     """The inventory as commented YAML."""
     cuda = all(fact.gpus for fact in facts.values())
     lines = [
-        f"name: {first.name}",
+        f"name: {json.dumps(first.name)}",  # in quotes: YAML has its own ideas of `no` and `010`
         f"accelerator: {'cuda' if cuda else 'cpu'}  # {'every' if cuda else 'not every'} node has a GPU",
         "",
         "# defaults:                      # what holds for every node; configs/cluster.yaml shows every key",
@@ -139,9 +139,9 @@ def render_first(first: Inventory, facts: Mapping[str, NodeFacts]) -> str:
     for node in first.nodes:
         fact = facts[node.name]
         slots = len(fact.gpus) if cuda else 1
-        lines += [f"  - name: {node.name}", f"    host: {json.dumps(node.host)}"]
+        lines += [f"  - name: {json.dumps(node.name)}", f"    host: {json.dumps(node.host)}"]
         lines += [f"    port: {node.port}"] if node.port else []
-        lines += [f"    user: {node.user}"] if node.user else []
+        lines += [f"    user: {json.dumps(node.user)}"] if node.user else []
         lines += [f"    identity_file: {json.dumps(str(node.identity_file))}"] if node.identity_file else []
         lines += [f"    address: {json.dumps(choose_address(node, fact))}  # where the other nodes find it"]
         lines += [f"    slots: {slots}  # {fact.gpus[0].name if fact.gpus else 'processes'}"]
