@@ -244,6 +244,7 @@ def _differences(inventory: Inventory, facts: Mapping[str, NodeFacts]) -> Iterat
             yield _warning(
                 "driver-differs",
                 node.name,
-                f"its NVIDIA driver is {', '.join(drivers[1])}, on {first.name} it is {', '.join(drivers[0])}",
+                f"its NVIDIA driver is {', '.join(sorted(drivers[1]))}, on {first.name} it is "
+                f"{', '.join(sorted(drivers[0]))}",
                 "install the same driver on all nodes",
             )
