@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -69,6 +68,7 @@ class Bench:
         *arguments: str,
         ranks: int = 1,
         launch: str | None = FAKE_LAUNCH,
+        request: list[str] | None = None,
         stdout: int | None = subprocess.PIPE,
         **run: Any,
     ) -> subprocess.Popen[bytes]:
@@ -80,13 +80,13 @@ class Bench:
         if launch is not None:
             (files / "launch.py").write_text(launch)
         (work / "job.py").write_text(script)
-        request = {
+        document = {
             "run": "run-1",
             "node": "node-a",
             "machine_rank": 0,
             "world_size": ranks,
             "local_processes": ranks,
-            "launch": [str(files / "bootstrap.py"), "job.py", *arguments],
+            "launch": request or [str(files / "bootstrap.py"), "job.py", *arguments],
             "env": {"COUNT": str(ranks), "MARK": str(self.folder)} | run.pop("env", {}),
             "workdir": str(work),
             "files": str(files),
@@ -98,7 +98,7 @@ class Bench:
             "stop_grace": 5,
         }
         path = self.folder / "run.json"
-        path.write_text(json.dumps(request | run))
+        path.write_text(json.dumps(document | run))
         # Copied and run alone, as on a node: it must not need anything beside it.
         agent = shutil.copy(INSIDE / "agent.py", self.folder / "agent.py")
         self.agents.append(subprocess.Popen([sys.executable, agent, str(path)], stdout=stdout, stderr=stdout))
@@ -117,9 +117,10 @@ class Bench:
             assert time.monotonic() < deadline, "it never came to that"
             time.sleep(0.02)
 
-    def wait_for_line(self, text: str) -> None:
+    def wait_for_lines(self, *texts: str) -> None:
+        """Until each of them stands in the log."""
         log = self.folder / "out" / "node.log"
-        self.wait_for(lambda: log.exists() and text in log.read_text())
+        self.wait_for(lambda: log.exists() and all(text in log.read_text() for text in texts))
 
     def living(self) -> list[str]:
         """Commands of the processes that carry our mark in their environment."""
@@ -139,6 +140,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     yield made
     for agent in made.agents:
         if agent.poll() is None:
-            os.kill(agent.pid, signal.SIGKILL)
+            for _twice in range(2):
+                agent.send_signal(signal.SIGTERM)
         agent.communicate()
     assert made.living() == []

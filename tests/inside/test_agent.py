@@ -65,7 +65,7 @@ def test_the_exit_code_of_the_job_passes(bench: Bench, code: int) -> None:
 
 
 def test_the_job_sees_what_the_run_says(bench: Bench) -> None:
-    names = "WORLD_SIZE LAUNCHER_RUN LAUNCHER_NODE LAUNCHER_WORLD_SIZE LAUNCHER_BACKEND LAUNCHER_NVME MINE".split()
+    names = ["WORLD_SIZE", *(f"LAUNCHER_{name}" for name in ("RUN", "NODE", "WORLD_SIZE", "BACKEND", "NVME")), "MINE"]
     script = f"""
 import json, os
 print(json.dumps([os.environ[name] for name in {names}] + [os.getcwd(), os.environ["PYTHONUNBUFFERED"]]))
@@ -100,6 +100,7 @@ if os.environ["RANK"] == "1":
         "signal": None,
         "type": "ValueError",
         "message": "the second rank\nfails",
+        "lost_peer": False,
     }
 
 

@@ -41,8 +41,8 @@ def test_bytes_become_lines(chunks: list[bytes], lines: list[str]) -> None:
 
 def test_of_a_progress_bar_one_update_a_second_is_kept() -> None:
     bar = Lines()
-    shown = [bar.feed(b"\r%d%%" % step, redact=OPEN, now=step / 10) for step in range(31)]
-    assert sum(shown, []) + bar.end(redact=OPEN) == ["0%", "10%", "20%", "30%"]
+    shown = [line for step in range(31) for line in bar.feed(b"\r%d%%" % step, redact=OPEN, now=step / 10)]
+    assert shown + bar.end(redact=OPEN) == ["0%", "10%", "20%", "30%"]
 
 
 def test_a_long_line_is_cut_between_characters() -> None:
