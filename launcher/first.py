@@ -14,9 +14,9 @@ from cluster.facts import NodeFacts
 from cluster.fleet import address_of, ask_facts, closing, connect, each
 from cluster.inventory import Inventory, read_inventory
 from cluster.trust import Address, HostKey, Verdict, changed, compare, pin, pinned
-from launcher.execute import Voice
 from launcher.plan import choose_address
 from launcher.record import ClusterMemory, write_whole
+from launcher.session import Voice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

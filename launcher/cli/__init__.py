@@ -1,0 +1,78 @@
+"""The command line: parse, call, render, exit code. No logic; heavy modules are loaded by who needs them.
+
+`options` holds what the commands share; `bring`, `train`, `watch` and `config` hold the commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from cluster.errors import ClusterError
+from launcher.cli import bring, config, train, watch
+from launcher.cli.options import NAME, launcher
+
+ROOMS = (bring, train, watch, config)  # importing them registers their commands
+EPIPE_CODE = 0  # who closed our output has read enough
+
+
+def main() -> NoReturn:
+    """Run, and leave by the exit codes of the contract; no traceback reaches a user."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        launcher.main(prog_name=NAME, standalone_mode=False)
+    except ClusterError as error:
+        _complain(error, debug=debug)
+        _leave(error.exit_code)
+    except click.exceptions.Exit as leaving:
+        _leave(leaving.exit_code)
+    except click.ClickException as error:
+        error.show()
+        _leave(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        _leave(130)
+    except BrokenPipeError:
+        # The reader has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(EPIPE_CODE)
+    except SystemExit as leaving:
+        _leave(leaving.code if isinstance(leaving.code, int) else 1)
+    except Exception as error:  # noqa: BLE001 - the last resort: one line for the user, the rest for the log
+        _unexpected(error, debug=debug)
+        _leave(1)
+    _leave(0)
+
+
+def _complain(error: ClusterError, *, debug: bool) -> None:
+    from launcher.views.live import paint, sanitize
+
+    if debug:
+        traceback.print_exc()
+    lines = [sanitize(line) for line in str(error).splitlines()]
+    click.echo(f"{paint('error', 31, on=sys.stderr.isatty())}: " + "\n".join(lines), err=True)
+
+
+def _unexpected(error: Exception, *, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+        return
+    from launcher.record import keep_traceback, state_folder
+
+    kept = keep_traceback(state_folder(os.environ), traceback.format_exc())
+    click.echo(f"error: this should not happen: {type(error).__name__}: {error}", err=True)
+    click.echo(f"  the traceback is in {kept}\n  next: report it, or run again with --debug", err=True)
+
+
+def _leave(code: int) -> NoReturn:
+    """Leave at once: threads that wait for a dead node must not hold the prompt."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,190 @@
+"""Runs: run, attach, stop."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from cluster.errors import InputError
+from launcher.cli.options import (
+    cluster_option,
+    ignore_option,
+    job_options,
+    json_option,
+    launcher,
+    log_view,
+    opened,
+    read_job,
+    show_json,
+)
+
+if TYPE_CHECKING:
+    from launcher.execute import Launch
+    from launcher.job import Job
+    from launcher.session import Session
+
+
+@launcher.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@cluster_option
+@job_options
+@click.option("--engine", type=click.Choice(["docker", "process"]), help="In place of the inventory's engine.")
+@click.option("--port", metavar="PORT|auto", help="Where the processes meet. Default: the inventory's master_port.")
+@click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A secret, from the environment.")
+@click.option("--secrets-file", type=click.Path(path_type=Path), help="NAME=VALUE lines, in place of the environment.")
+@click.option("--snapshot-limit", type=int, default=100, show_default=True, metavar="MIB", help="The code's size.")
+@click.option("--detach", "-d", is_flag=True, help="Start it and return; launcher attach watches it.")
+@click.option("--dry-run", is_flag=True, help="Print the whole plan; change nothing.")
+@ignore_option
+@json_option
+@click.argument("script", metavar="SCRIPT")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[ARGS]...")
+def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **asked: Any) -> None:
+    """Run a training script on every process of the cluster.
+
+    The working directory is copied to the nodes as far as git or .launcherignore do not leave it out. Options for the
+    launcher stand before SCRIPT; everything after it reaches the script byte for byte.
+
+    \b
+    launcher run train.py --epochs 3
+    launcher run --stage 3 --offload-optimizer nvme train.py
+    launcher run --ds-config zero3.json train.py
+    """
+    from launcher import execute
+    from launcher.secrets import read_secrets
+    from launcher.snapshot import take
+    from launcher.views import text
+
+    job = read_job(asked, script=asked["script"], args=asked["args"])
+    snapshot = take(Path.cwd(), limit_bytes=asked["snapshot_limit"] << 20)
+    _check_script(job.script, {entry.path for entry in snapshot.entries})
+    port, any_port = _port(asked["port"])
+    with opened(cluster, engine=asked["engine"]) as now:
+        names = (*now.inventory.container.secrets, *asked["secrets"])
+        secrets = read_secrets(names, environment=os.environ, file=asked["secrets_file"])
+        job = _with(job, secrets=tuple(secrets))
+        launch = execute.prepare(
+            now,
+            job,
+            snapshot,
+            run_id=execute.make_run_id(),
+            port=port,
+            any_port=any_port,
+            ignored=asked["ignore"],
+            dry_run=dry_run,
+        )
+        if dry_run:
+            todo = (*launch.todo, f"send {len(snapshot.entries)} files", "start the run's containers on every node")
+            if as_json:
+                show_json({**text.effective(launch.plan), "todo": todo})
+            else:
+                click.echo(text.plan_text(launch.plan, todo))
+            return
+        _run(now, launch, secrets, detach=detach, as_json=as_json)
+
+
+def _run(now: Session, launch: Launch, secrets: dict[str, str], *, detach: bool, as_json: bool) -> None:
+    from launcher import execute
+
+    plan = launch.plan
+    record = now.memory.run(plan.run)
+    for note in launch.snapshot.skipped:
+        now.voice.say(note)
+    now.voice.say(f"run {plan.run}: {plan.world_size} processes on {len(plan.nodes)} nodes")
+    containers = execute.start(now, launch, record, secrets=secrets)
+    if detach:
+        now.voice.say(f"run {plan.run} goes on by itself; next: launcher attach, launcher logs -f, launcher stop")
+        if as_json:
+            show_json({"run": plan.run, "containers": containers})
+        return
+    show = log_view([node.name for node in plan.nodes])
+    with execute.leaving_on_signals():
+        _finish(now, plan.run, execute.follow(now, plan, record, containers, show=show, own=True), as_json=as_json)
+
+
+def _finish(now: Session, run_id: str, end: Any, *, as_json: bool) -> NoReturn:
+    """Say how the run ended, and leave with the right exit code."""
+    from launcher.errors import RunError
+    from launcher.state import INTERRUPTED
+    from launcher.views import text
+
+    record = now.memory.run(run_id)
+    record.split_ranks()
+    if as_json:
+        show_json({"run": run_id, "code": end.code, "cause": end.cause, "logs": str(record.logs)})
+    if end.code == 0:
+        now.voice.say(f"run {run_id}: {text.state_line(record.state())}; logs in {record.logs}")
+        raise SystemExit(0)
+    if end.code == INTERRUPTED:
+        now.voice.say(f"run {run_id}: {end.cause}; nothing of it is left running")
+        raise SystemExit(INTERRUPTED)
+    raise RunError(end.cause, detail=(f"logs: {record.logs}",), next_step=f"launcher logs {run_id}")
+
+
+def _with(job: Job, **changes: Any) -> Job:
+    import dataclasses
+
+    return dataclasses.replace(job, **changes)
+
+
+def _check_script(script: str, files: set[str]) -> None:
+    path = os.path.normpath(script)
+    if path in files:
+        return
+    if path.startswith(("/", "..")):
+        raise InputError(
+            "the script must lie in the working directory, which is what the nodes get",
+            where=script,
+            next_step="change to its directory, or give its path from here",
+        )
+    if not Path(script).exists():
+        import difflib
+
+        close = difflib.get_close_matches(path, files, n=1)
+        cure = f"did you mean {close[0]}?" if close else None
+        raise InputError("there is no such script", where=script, next_step=cure)
+    if Path(script).is_dir():
+        raise InputError("this is a directory, not a script", where=script)
+    raise InputError(
+        "the script is left out of what the nodes get", where=script, next_step="look at .gitignore and .launcherignore"
+    )
+
+
+def _port(text: str | None) -> tuple[int | None, bool]:
+    if text in (None, "auto"):
+        return None, text == "auto"
+    if not text.isdecimal() or not 1024 <= int(text) <= 65535:  # noqa: PLR2004 - the ports that a user may listen on
+        raise InputError(f"{text!r} is no port", where="--port", next_step="1024 to 65535, or auto")
+    return int(text), False
+
+
+@launcher.command()
+@cluster_option
+@json_option
+def attach(cluster: str | None, *, as_json: bool) -> None:
+    """Watch the run that is under way, from wherever; Ctrl-C only leaves.
+
+    \b
+    launcher attach
+    """
+    from launcher import execute
+
+    with opened(cluster) as now:
+        show = log_view([node.name for node in now.inventory.nodes])
+        run_id, end = execute.attach(now, show=show)
+        _finish(now, run_id, end, as_json=as_json)
+
+
+@launcher.command()
+@cluster_option
+@click.option("--grace", type=float, default=5.0, show_default=True, metavar="SECONDS", help="Before it is killed.")
+def stop(cluster: str | None, grace: float) -> None:
+    """Stop the run that is under way, in order, on every node."""
+    from launcher import nodes as machines
+
+    with opened(cluster) as now:
+        stopped = machines.stop(now, grace=grace)
+    names = [name for names in stopped.values() for name in names]
+    click.echo(f"stopped {', '.join(names)}" if names else "no run is under way", err=True)

@@ -1,0 +1,187 @@
+"""Converge: what `up` does, and `run` where it was not done. Only what is missing, however often it is called."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.engine import Engine
+from cluster.errors import ImageError, InputError, NodeError
+from cluster.inventory import Inventory
+from launcher import checks, zero
+from launcher.job import Job
+from launcher.plan import Plan, make_plan
+from launcher.session import Seen, Session, Voice, look
+from launcher.stages.prepare import nodes_up, start_nodes
+from launcher.stages.ship import lacking, ship_image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converged:
+    """What `up` did: nothing at all, or these."""
+
+    plan: Plan
+    built: bool = False
+    shipped: Mapping[str, int]
+    started: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything had to be done."""
+        return self.built or bool(self.shipped) or bool(self.started)
+
+
+def up(now: Session, *, ignored: tuple[str, ...] = (), dry_run: bool = False) -> tuple[Converged, tuple[str, ...]]:
+    """Converge the machines; gives back what was done, or with `dry_run` what would be."""
+    tag = image_tag(now.inventory)
+    seen = look(now, tag=tag)
+    for finding in checks.judge(checks.findings(now.inventory, seen.facts), ignored=ignored):
+        now.voice.warn(finding)
+    return converge(now, seen, tag=tag, job=Job(script=""), dry_run=dry_run)
+
+
+def converge(
+    now: Session, seen: Seen, *, tag: str, job: Job, dry_run: bool = False
+) -> tuple[Converged, tuple[str, ...]]:
+    """Image, directories, configurations, node containers: only what is missing."""
+    digest, built, todo = _have_image(now, seen, tag=tag, dry_run=dry_run)
+    missing_image = lacking(seen.digests, digest) if digest else tuple(seen.digests)
+    shipped: Mapping[str, int] = {}
+    if missing_image and dry_run:
+        todo += tuple(f"send the image {tag} to {node}" for node in missing_image)
+    elif missing_image:
+        shipped = _ship(now, seen, tag=tag, digest=digest or "", to=missing_image)
+    plan = make_plan(now.inventory, job, seen.facts, image=digest or tag)
+    missing = nodes_up(now.machines, plan, seen.found)
+    if dry_run:
+        todo += tuple(f"write the configuration and start the container of {node}" for node in missing)
+    else:
+        start_nodes(now.machines, plan, missing)
+    return Converged(plan=plan, built=built, shipped=shipped, started=tuple(missing)), todo
+
+
+def told(base: Converged) -> str:
+    """What was done, in words."""
+    parts = []
+    if base.built:
+        parts.append("built the image")
+    if base.shipped:
+        parts.append(f"sent it to {', '.join(base.shipped)}")
+    if base.started:
+        parts.append(f"started {', '.join(base.started)}")
+    return "; ".join(parts) or "nothing to do"
+
+
+def image_tag(inventory: Inventory) -> str:
+    """The name of the image that the inventory asks for."""
+    if inventory.engine == "process":
+        from cluster.processes import IMAGE
+
+        return IMAGE
+    if inventory.image.use:
+        return inventory.image.use
+    from launcher.stages.build import read_recipe  # here: it loads the Docker SDK
+
+    return read_recipe(inventory.image, inventory.flavour).tag
+
+
+def _have_image(now: Session, seen: Seen, *, tag: str, dry_run: bool) -> tuple[str | None, bool, tuple[str, ...]]:
+    """The digest that all nodes shall have, building it where that is needed."""
+    digests = set(seen.digests.values())
+    if len(digests) == 1 and None not in digests:
+        return digests.pop(), False, ()
+    from cluster.dockerd import DockerEngine
+    from cluster.local import LocalTransport
+    from launcher.stages.build import build_image, read_recipe
+
+    here = DockerEngine(LocalTransport("this machine"))
+    try:
+        try:
+            present = here.image_id(tag)
+        except NodeError:
+            present = None
+            if None not in digests or len(digests - {None}) != 1:
+                raise
+        if present:
+            return present, False, ()
+        held = digests - {None}
+        if len(held) == 1:
+            return held.pop(), False, ()
+        if now.inventory.image.use:
+            if here.pull(tag):
+                return here.image_id(tag), False, ()
+            raise ImageError(
+                here.node, f"the image {tag} is not there and cannot be pulled", next_step=f"docker load or pull {tag}"
+            )
+        if dry_run:
+            return None, True, (f"build the image {tag}",)
+        now.voice.say(f"building {tag}")
+        digest = build_image(here, read_recipe(now.inventory.image, now.inventory.flavour), now.voice.building)
+        now.voice.done()
+        return digest, True, ()
+    finally:
+        here.close()
+
+
+def _ship(now: Session, seen: Seen, *, tag: str, digest: str, to: Sequence[str]) -> Mapping[str, int]:
+    """From this machine if it has the digest, else from a node that has it."""
+    from cluster.dockerd import DockerEngine
+    from cluster.local import LocalTransport
+
+    here = DockerEngine(LocalTransport("this machine"))
+    holder = next((machine for machine in now.machines if seen.digests[machine.name] == digest), None)
+    try:
+        source = here if holder is None or _has(here, digest) else holder.engine
+        targets = [machine for machine in now.machines if machine.name in to]
+        named = [machine for machine in targets if _has(machine.engine, digest)]
+        for machine in named:  # the digest is there under another name: nothing needs to travel
+            machine.engine.tag(digest, tag)
+        rest = [machine for machine in targets if machine not in named]
+        if rest:
+            now.voice.say(f"sending {tag} to {', '.join(machine.name for machine in rest)}")
+        taken = ship_image(source, rest, tag=tag, digest=digest, progress=now.voice.shipping)
+        now.voice.done()
+        return taken
+    finally:
+        here.close()
+
+
+def _has(engine: Engine, digest: str) -> bool:
+    try:
+        return engine.image_id(digest) is not None
+    except NodeError:
+        return False
+
+
+def build_here(asked: Mapping[str, object], *, flavour: str, voice: Voice) -> tuple[str, str, bool]:
+    """Build the image on this machine; its tag, its digest, and whether anything had to be built."""
+    from cluster.dockerd import DockerEngine
+    from cluster.inventory import ImageRecipe
+    from cluster.local import LocalTransport
+    from launcher.stages.build import build_image, read_recipe
+
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items() if value}
+    try:
+        recipe = read_recipe(ImageRecipe.model_validate_json(json.dumps(given)), "cpu" if flavour == "cpu" else "cuda")
+    except ValueError as error:
+        raise InputError(str(error).splitlines()[-1].strip(), where="launcher image build") from None
+    here = DockerEngine(LocalTransport("this machine"))
+    try:
+        before = here.image_id(recipe.tag)
+        digest = build_image(here, recipe, voice.building)
+        voice.done()
+        return recipe.tag, digest, before is None
+    finally:
+        here.close()
+
+
+def plan_only(now: Session, job: Job) -> Plan:
+    """The plan by the last survey if there is one, else by a new one; changes nothing."""
+    zero.check(job, accelerator=now.inventory.accelerator)
+    facts = now.memory.load_facts()
+    tag = image_tag(now.inventory)
+    if {node.name for node in now.inventory.nodes} - set(facts):
+        facts = look(now, tag=tag).facts
+    return make_plan(now.inventory, job, facts, image=tag)

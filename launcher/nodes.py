@@ -1,0 +1,68 @@
+"""What is done with the machines apart from runs of one's own: stop, remove, run a command, open a shell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cluster.command import Command, Result
+from cluster.container import LABEL_CLUSTER, LABEL_ROLE
+from cluster.errors import CommandError, NodeError
+from cluster.fleet import Machine, each
+from launcher import render
+from launcher.session import Session, choose_machines
+
+
+def stop(now: Session, *, grace: float) -> Mapping[str, tuple[str, ...]]:
+    """End the run on every node, in order; who watches it clears it away. Gives back what was stopped, by node."""
+
+    def act(machine: Machine) -> tuple[str, ...]:
+        machine.transport.open()
+        found = machine.engine.find({LABEL_CLUSTER: now.inventory.name, LABEL_ROLE: render.ROLE_RUN})
+        live = [one for one in found if one.is_live]
+        for one in live:
+            machine.engine.stop(one.id, grace=grace)
+        return tuple(one.name for one in live)
+
+    return each(now.machines, act, deadline=grace + 30).all_or_raise()
+
+
+def down(now: Session, *, grace: float) -> Mapping[str, tuple[str, ...]]:
+    """Remove every container of this cluster, by label; gives back their names by node."""
+
+    def act(machine: Machine) -> tuple[str, ...]:
+        machine.transport.open()
+        found = machine.engine.find({LABEL_CLUSTER: now.inventory.name})
+        for one in found:
+            if one.is_live and one.labels.get(LABEL_ROLE) == render.ROLE_RUN:
+                machine.engine.stop(one.id, grace=grace)
+            machine.engine.remove(one.id)
+        left = machine.engine.find({LABEL_CLUSTER: now.inventory.name})
+        if left:
+            raise NodeError(machine.name, f"these do not go: {', '.join(one.name for one in left)}")
+        return tuple(one.name for one in found)
+
+    return each(now.machines, act, deadline=grace + 60).all_or_raise()
+
+
+def run_inside(now: Session, names: tuple[str, ...], argv: tuple[str, ...]) -> Mapping[str, Result]:
+    """Run a command in the node containers, everywhere or on the named nodes."""
+
+    def act(machine: Machine) -> Result:
+        return machine.engine.execute(_idle(now, machine), Command(argv=argv))
+
+    return each(choose_machines(now, names), act).all_or_raise()
+
+
+def shell(now: Session, name: str | None, argv: tuple[str, ...], *, tty: bool) -> int:
+    """Put the user inside a node's container."""
+    machine = choose_machines(now, (name,) if name else ())[0]
+    return machine.transport.interact(machine.engine.interactive(_idle(now, machine), argv, tty=tty), tty=tty)
+
+
+def _idle(now: Session, machine: Machine) -> str:
+    machine.transport.open()
+    labels = {LABEL_CLUSTER: now.inventory.name, LABEL_ROLE: render.ROLE_NODE}
+    live = [one.id for one in machine.engine.find(labels) if one.is_live]
+    if not live:
+        raise CommandError(machine.name, "it is not up", next_step="launcher up")
+    return live[0]

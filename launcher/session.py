@@ -1,0 +1,125 @@
+"""A session: one command's dealings with one cluster, and one look at all of its machines.
+
+Everything that a command needs is here as a value: the inventory, the machines, the memory, and the ears (`Voice`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.container import LABEL_CLUSTER, LABEL_ROLE, LABEL_RUN, Container
+from cluster.errors import InputError
+from cluster.facts import NodeFacts
+from cluster.fleet import Machine, ask_facts, closing, connect, each
+from cluster.inventory import Inventory
+from launcher import checks, render
+from launcher.image import Progress
+from launcher.record import ClusterMemory
+
+LOOK_DEADLINE = 30.0  # seconds for every node to answer one look, connecting included
+
+
+class Voice(Protocol):
+    """What the user hears while something is done. Views stand behind it; `Silence` hears nothing."""
+
+    def say(self, text: str) -> None:
+        """One line about what was done."""
+
+    def warn(self, finding: checks.Finding) -> None:
+        """A finding that does not forbid the start."""
+
+    def building(self, progress: Progress) -> None:
+        """Where the image's build is."""
+
+    def shipping(self, node: str, taken: int) -> None:
+        """How many bytes of the image a node has taken."""
+
+    def done(self) -> None:
+        """What was being shown as progress is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One command's dealings with one cluster."""
+
+    inventory: Inventory
+    memory: ClusterMemory
+    machines: Sequence[Machine]
+    voice: Voice
+
+
+@contextmanager
+def session(inventory: Inventory, memory: ClusterMemory, voice: Voice) -> Iterator[Session]:
+    """Machines that connect when they are first asked, and are let go of at the end."""
+    machines = connect(inventory, known_hosts=memory.known_hosts)
+    with closing(machines):
+        yield Session(inventory=inventory, memory=memory, machines=machines, voice=voice)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What one look at the cluster found: facts, containers, and the image's digest on every node."""
+
+    facts: Mapping[str, NodeFacts]
+    found: Mapping[str, tuple[Container, ...]]
+    digests: Mapping[str, str | None]
+
+
+def look(now: Session, *, tag: str) -> Seen:
+    """Ask every node everything at once; all must answer."""
+    inventory = now.inventory
+    nodes = {node.name: node for node in inventory.nodes}
+
+    def ask(machine: Machine) -> tuple[NodeFacts, tuple[Container, ...], str | None]:
+        facts = ask_facts(
+            machine,
+            paths=checks.paths_to_ask(inventory, nodes[machine.name]),
+            peers=checks.peers_to_ask(inventory),
+            engine=inventory.engine,
+        )
+        if facts.docker.error and inventory.engine == "docker":
+            return facts, (), None  # the findings will say so, beside whatever else is wrong
+        return facts, machine.engine.find({LABEL_CLUSTER: inventory.name}), machine.engine.image_id(tag)
+
+    asked = each(now.machines, ask, deadline=LOOK_DEADLINE).all_or_raise()
+    facts = {node: one for node, (one, _, _) in asked.items()}
+    now.memory.save_facts(facts)
+    return Seen(
+        facts=facts,
+        found={node: containers for node, (_, containers, _) in asked.items()},
+        digests={node: digest for node, (_, _, digest) in asked.items()},
+    )
+
+
+def find_ours(now: Session, *, run: str | None = None) -> Mapping[str, tuple[Container, ...]]:
+    """Our containers on every node, by label alone; with `run` only that run's."""
+    labels = {LABEL_CLUSTER: now.inventory.name, **({LABEL_RUN: run} if run else {})}
+
+    def ask(machine: Machine) -> tuple[Container, ...]:
+        machine.transport.open()
+        return machine.engine.find(labels)
+
+    return each(now.machines, ask, deadline=30).all_or_raise()
+
+
+def live_run(found: Mapping[str, tuple[Container, ...]]) -> str | None:
+    """The id of the run that is under way, or has ended and not been cleared away."""
+    runs = [
+        (one.is_live, one.labels.get(LABEL_RUN, ""))
+        for containers in found.values()
+        for one in containers
+        if one.labels.get(LABEL_ROLE) == render.ROLE_RUN
+    ]
+    return max(runs)[1] if runs else None
+
+
+def choose_machines(now: Session, names: tuple[str, ...]) -> tuple[Machine, ...]:
+    """The machines of these names, all when there are none; `InputError` for one that is not in the inventory."""
+    known = {machine.name: machine for machine in now.machines}
+    for name in names:
+        if name not in known:
+            raise InputError(f"there is no node {name!r}", next_step=f"the nodes are: {', '.join(known)}")
+    return tuple(known[name] for name in names) or tuple(now.machines)
