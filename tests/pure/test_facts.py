@@ -1,0 +1,119 @@
+"""Facts: what machines answered (tests/facts/<probe>/*.json), as we read it; and one real answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import json
+import os
+import platform
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.command import Command
+from cluster.facts import PROBES, Disk, DockerFact, Listener, NodeFacts, read_survey, survey_command
+
+FOLDER = Path(__file__).parents[1] / "facts"
+READ = {probe.name: probe.read for probe in PROBES}
+SAVED = sorted(FOLDER.glob("*/*.json"))
+
+
+def as_data(fact: Any) -> Any:
+    if isinstance(fact, tuple):
+        return [as_data(one) for one in fact]
+    if dataclasses.is_dataclass(fact) and not isinstance(fact, type):
+        return {name: as_data(value) for name, value in dataclasses.asdict(fact).items()}
+    return fact
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_saved_answer_is_this_fact(path: Path) -> None:
+    saved = json.loads(path.read_text())
+    assert as_data(READ[path.parent.name](saved["output"])) == saved["fact"]
+
+
+def test_every_probe_has_saved_answers() -> None:
+    assert {path.parent.name for path in SAVED} == set(READ)
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.name)
+@pytest.mark.parametrize("output", ["\n\n", "{", "{}", "{1}", "a=b=c", "1: 2: 3", "0,1,2,3,4,5", "sh: 1: x: not found"])
+def test_no_answer_is_so_odd_that_a_reader_stumbles(probe: Any, output: str) -> None:
+    probe.read(output)
+
+
+def ask(*, paths: tuple[str, ...] = (), peers: tuple[str, ...] = (), engine: str = "process") -> NodeFacts:
+    command = survey_command(paths=paths, peers=peers, engine=engine)
+    sent = time.time()
+    answer = subprocess.run(command.argv, capture_output=True, check=True)
+    assert answer.stderr == b""
+    return read_survey(answer.stdout.decode(), sent=sent, received=time.time())
+
+
+def test_this_machine_answers_the_survey(tmp_path: Path) -> None:
+    folder, file = tmp_path / "a folder", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    missing = str(tmp_path / "$(touch canary)")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        facts = ask(paths=(str(folder), str(file), missing, "~/."), peers=("127.0.0.1",))
+        port = server.getsockname()[1]
+    system = facts.system
+    assert (system.uid, system.gid) == (os.getuid(), os.getgid())
+    assert (system.arch, system.home) == (platform.machine(), os.environ["HOME"])
+    assert system.user == getpass.getuser()
+    assert system.cpus >= 1
+    assert system.memory > 2**27
+    assert facts.clock_offset == 0.0
+    assert facts.routes == {"127.0.0.1": "lo"} or facts.routes == {}  # without iproute2 nobody can say
+    assert port in {listener.port for listener in facts.listeners}
+    seen = facts.disk(str(folder))
+    assert (seen.exists, seen.is_dir, seen.writable, seen.free > 0) == (True, True, True, True)
+    assert (facts.disk(str(file)).exists, facts.disk(str(file)).is_dir) == (True, False)
+    assert facts.disk(missing) == Disk(path=missing, exists=False)
+    assert facts.disk("~/.").is_dir
+
+
+def test_only_the_engine_that_is_used_is_asked() -> None:
+    assert ask(engine="process").docker == DockerFact(error="docker is not installed")
+
+
+def test_a_path_that_was_not_asked_for_does_not_exist() -> None:
+    assert survey(clock="5").disk("/mnt/x") == Disk(path="/mnt/x", exists=False)
+
+
+def survey(*, clock: str, before: str = "") -> NodeFacts:
+    text = f"{before}\n--8<-- fact system\nuser=ml\nclock={clock}\n\n--8<-- fact listeners\nLISTEN 0 5 *:80 *:*\n"
+    return read_survey(text, sent=100.0, received=101.0)
+
+
+@pytest.mark.parametrize(
+    ("clock", "offset"),
+    [("100.5", 0.0), ("100.0", 0.0), ("101.0", 0.0), ("99.0", -1.0), ("3701.0", 3600.0), ("", 0.0), ("soon", 0.0)],
+)
+def test_a_clock_is_off_only_beyond_the_time_of_asking(clock: str, offset: float) -> None:
+    assert survey(clock=clock).clock_offset == offset
+
+
+def test_what_a_login_shell_says_first_is_no_fact() -> None:
+    chatty = survey(clock="100.5", before="Welcome to gpu-01!\nuser=banner\n")
+    assert chatty == survey(clock="100.5")
+    assert chatty.system.user == "ml"
+    assert chatty.listeners == (Listener(port=80),)
+
+
+def test_a_survey_that_breaks_off_is_read_as_far_as_it_goes() -> None:
+    whole = survey(clock="100.5")
+    assert (whole.gpus, whole.nics, whole.disks, whole.routes) == ((), (), (), {})
+
+
+def test_a_survey_is_one_command_whose_arguments_cannot_be_code() -> None:
+    command = survey_command(paths=("/mnt/a b", "/mnt/$(id)"), peers=("10.0.0.1", "::1"), engine="docker")
+    assert command == Command(
+        argv=("sh", "-c", command.argv[2], "sh", "/mnt/a b\n/mnt/$(id)", "10.0.0.1 ::1", "docker")
+    )
