@@ -15,6 +15,8 @@ IMAGE_OPTIONS ?=
 TESTS ?= tests
 PYTEST_OPTIONS ?=
 DEMO_STEPS ?= 40
+# For `make bench`, for example: BENCH_OPTIONS='--pairs 9'
+BENCH_OPTIONS ?=
 
 PY := .venv/bin/python
 LAUNCHER := .venv/bin/launcher
@@ -54,7 +56,7 @@ demo: setup ## Train, save and re-load a small GPT on this machine, without SSH 
 .PHONY: test
 test: setup ## Run all tests; sshd and a Docker engine are needed (.ci/machine gets them where it may)
 	@without=(); if ! nvidia-smi -L >/dev/null 2>&1; then without=(-m 'not gpu'); fi; \
-	.ci/machine $(PYTEST) $(TESTS) --ignore=tests/benchmarks "$${without[@]}" $(PYTEST_OPTIONS)
+	.ci/machine $(PYTEST) $(TESTS) "$${without[@]}" $(PYTEST_OPTIONS)
 
 .PHONY: check
 check: setup ## Lint, format, types, storeys, quick tests; writes nothing
@@ -97,6 +99,9 @@ smoke: setup ## Train a few steps in one container of the CPU image, by plain do
 	        $${LAUNCHER_TEST_BASE:+--base "$$LAUNCHER_TEST_BASE"}); \
 	    $(PY) -m tests.testbed.smoke "$$image"'
 
+# Three nodes of its own, gone at the end.
 .PHONY: bench
 bench: setup ## Measure: from `launcher run` to the first line of the job, beside a script by hand
-	@.ci/machine $(PYTEST) tests/benchmarks -s $(PYTEST_OPTIONS)
+	@.ci/machine bash -euo pipefail -c '\
+	    trap "$(PY) -m tests.testbed.lab down --prefix bench" EXIT; \
+	    $(PY) -m tests.benchmarks.launch --prefix bench $(BENCH_OPTIONS)'

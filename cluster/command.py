@@ -26,8 +26,7 @@ class Command:
         line = shlex.join(self.argv)
         if len(line.encode()) > LONGEST_LINE:
             raise InputError(
-                f"the command {self.argv[0]!r} is {len(line.encode())} bytes long; "
-                f"at most {LONGEST_LINE} can be sent",
+                f"the command {self.argv[0]!r} is {len(line.encode())} bytes long; at most {LONGEST_LINE} can be sent",
                 next_step="put long arguments into a file",
             )
         return line
@@ -44,9 +43,7 @@ def script(text: str, *arguments: str, stdin: bytes = b"") -> Command:
 def check_word(word: str) -> None:
     """Refuse what would not arrive byte for byte: NUL, and bytes that are not UTF-8."""
     if "\0" in word:
-        raise InputError(
-            f"the argument {word!r} holds a NUL byte", next_step="remove it: no program can be given one"
-        )
+        raise InputError(f"the argument {word!r} holds a NUL byte", next_step="remove it: no program can be given one")
     try:
         word.encode()
     except UnicodeEncodeError:

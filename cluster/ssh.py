@@ -460,12 +460,18 @@ def _way(address: Address, text: str, most: int) -> tuple[tuple[Address, dict[st
     jump = address.jump
     if jump is None and isinstance(said := options.get("proxyjump"), str):
         # A pattern such as `Host *` also matches the jump host, which must not be its own way.
-        jump = None if _jump(said.split(",")[-1], address).host in (address.host, options["hostname"]) else said
+        last_hop = _options(_jump(said.rpartition(",")[2], address), text)
+        jump = None if _place(last_hop) == _place(options) else said
+    # `none` turns a ProxyJump of the configuration off, there as in ssh.
     if jump is None or jump.lower() == "none":
         return ((address, options),)
     before, _, last = jump.rpartition(",")
     via = replace(_jump(last, address), jump=before or None)
     return (*_way(via, text, most - 1), (replace(address, jump=jump), options | {"proxycommand": None}))
+
+
+def _place(options: dict[str, object]) -> tuple[str, int]:
+    return str(options["hostname"]), int(str(options.get("port") or SSH_PORT))
 
 
 def _jump(text: str, address: Address) -> Address:
@@ -500,13 +506,14 @@ def _hop(address: Address, options: dict[str, object], limits: Limits, *, jump: 
     said = [address.identity_file] if address.identity_file else []
     said += [str(file) for file in files] if isinstance(files, list) else []
     seconds = str(options.get("connecttimeout") or "")
+    host, port = _place(options)
     proxy = options.get("proxycommand")
     return Hop(
         node=address.node,
         jump=jump,
         key_name=address.key_name,
-        host=str(options["hostname"]),
-        port=int(str(options.get("port") or 22)),
+        host=host,
+        port=port,
         user=str(options.get("user") or getpass.getuser()),
         identities=tuple(said) or DEFAULT_IDENTITIES,
         only_identities=str(options.get("identitiesonly")).lower() == "yes",
