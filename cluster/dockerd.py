@@ -103,6 +103,13 @@ class DockerEngine:
             except docker.errors.ImageNotFound:
                 return None
 
+    def image_bytes(self, name: str) -> int:
+        with self._translated("inspect image"):
+            try:
+                return int(self._client.inspect_image(name).get("Size") or 0)
+            except docker.errors.ImageNotFound:
+                return 0
+
     def build(
         self,
         context: BinaryIO,

@@ -21,6 +21,9 @@ class Engine(Protocol):
     def image_id(self, name: str) -> str | None:
         """The content digest behind a name, or None."""
 
+    def image_bytes(self, name: str) -> int:
+        """About how long the archive of an image is; 0 when that cannot be said."""
+
     def build(
         self,
         context: BinaryIO,

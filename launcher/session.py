@@ -23,7 +23,7 @@ LOOK_DEADLINE = 30.0  # seconds for every node to answer one look, connecting in
 
 
 class Voice(Protocol):
-    """What the user hears while something is done. Views stand behind it; `Silence` hears nothing."""
+    """What the user hears while something is done; `views.live.Teller` stands behind it."""
 
     def say(self, text: str) -> None:
         """One line about what was done."""
@@ -34,8 +34,8 @@ class Voice(Protocol):
     def building(self, progress: Progress) -> None:
         """Where the image's build is."""
 
-    def shipping(self, node: str, taken: int) -> None:
-        """How many bytes of the image a node has taken."""
+    def shipping(self, node: str, taken: int, total: int) -> None:
+        """How many bytes of the image a node has taken, of about how many."""
 
     def done(self) -> None:
         """What was being shown as progress is over."""

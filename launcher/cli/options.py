@@ -21,24 +21,10 @@ if TYPE_CHECKING:
     from launcher.session import Session
 
 NAME = "launcher"
-ORDER = [
-    "init",
-    "trust",
-    "up",
-    "run",
-    "status",
-    "ls",
-    "logs",
-    "attach",
-    "stop",
-    "exec",
-    "shell",
-    "down",
-    "config",
-    "image",
-    "schema",
-    "completion",
-]
+ORDER = (
+    *("init", "trust", "up", "run", "status", "ls", "logs", "attach", "stop", "exec", "shell", "down"),
+    *("config", "image", "schema", "completion"),
+)
 
 
 class Group(click.Group):

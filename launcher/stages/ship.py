@@ -14,7 +14,7 @@ from cluster.engine import Engine
 from cluster.errors import ImageError
 from cluster.fleet import Machine, each
 
-Progress = Callable[[str, int], None]  # node, bytes that it has taken
+Progress = Callable[[str, int, int], None]  # node, bytes that it has taken, bytes in all (about)
 # A slow node may lag this many chunks (1 MiB each) behind the source before it slows the others down.
 _SLACK = 64
 
@@ -33,6 +33,7 @@ def ship_image(
     """
     if not machines:
         return {}
+    total = source.image_bytes(digest)
     pipes = {machine.name: _Pipe() for machine in machines}
     reader = threading.Thread(target=_read, args=(source, digest, tuple(pipes.values())), daemon=True)
     reader.start()
@@ -46,7 +47,7 @@ def ship_image(
             for chunk in pipe:
                 taken += len(chunk)
                 yield chunk
-                progress(machine.name, taken)
+                progress(machine.name, taken, total)
 
         try:
             machine.engine.load(chunks())

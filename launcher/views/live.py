@@ -7,11 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from cluster.errors import InputError
+from launcher import image
 from launcher.checks import Finding
-from launcher.image import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 # Nodes are told apart by colour, in the order of their ranks; none of these is red, which means failure.
 COLOURS = (36, 33, 35, 32, 34, 96, 93, 95, 92, 94)
@@ -73,67 +76,67 @@ class LogView:
 
 
 class Teller:
-    """The voice on standard error: one line for what is done, a moving line for what takes long."""
+    """The voice on standard error: a line for what is done; bars for what takes long, or a line now and then."""
 
     def __init__(self, out: TextIO = sys.stderr) -> None:
         self._out = out
         self._moving = out.isatty()
-        self._shown = False
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
         self._last = 0.0
-        self._began = time.monotonic()
-        self._taken: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
         """One line about what was done."""
         with self._lock:
-            self._clear()
-            self._out.write(f"{sanitize(text) if self._moving else text}\n")  # errors quote what machines said
+            self._out.write(f"{text}\n")
             self._out.flush()
 
     def warn(self, finding: Finding) -> None:
         """A finding that does not forbid the start."""
         self.say(f"{paint('warning', 33, on=self._moving)}: {finding}")
 
-    def building(self, progress: Progress) -> None:
+    def building(self, progress: image.Progress) -> None:
         """Where the image's build is."""
-        step = f"step {progress.step}/{progress.total} " if progress.total else ""
-        self._progress(f"  {step}{progress.instruction[:60]} {progress.text}")
+        text = " ".join(sanitize(f"{progress.instruction} {progress.text}").split())
+        self._show("build", text, done=progress.step, total=progress.total, shown=f"{progress.step}/{progress.total}")
 
-    def shipping(self, node: str, taken: int) -> None:
-        """How many bytes of the image a node has taken."""
-        with self._lock:
-            self._taken[node] = taken
-            seconds = max(0.1, time.monotonic() - self._began)
-            parts = [f"{name} {size / 1e6:.0f} MB" for name, size in sorted(self._taken.items())]
-            rate = sum(self._taken.values()) / seconds / 1e6
-        self._progress(f"  {', '.join(parts)} ({rate:.0f} MB/s)")
+    def shipping(self, node: str, taken: int, total: int) -> None:
+        """How many bytes of the image a node has taken, of about how many."""
+        self._show(node, "", done=taken, total=total, shown=f"{taken / 1e6:.0f}/{total / 1e6:.0f} MB")
 
     def done(self) -> None:
         """What was being shown as progress is over."""
         with self._lock:
-            self._clear()
-            self._taken.clear()
-            self._began = time.monotonic()
+            if self._bars:
+                self._bars.stop()
+            self._bars = None
+            self._tasks.clear()
 
-    def _progress(self, text: str) -> None:
-        now = time.monotonic()
+    def _show(self, name: str, text: str, *, done: int, total: int, shown: str) -> None:
         with self._lock:
-            if now - self._last < (0.1 if self._moving else EVERY):
-                return
-            self._last = now
-            line = " ".join(sanitize(text).split())
             if self._moving:
-                self._out.write(f"\r\x1b[K{line[:100]}")
-                self._shown = True
-            else:
-                self._out.write(f"{line}\n")
-            self._out.flush()
+                self._move(name, text[:60], done=done, total=total, shown=shown)
+            elif time.monotonic() - self._last >= EVERY:
+                self._last = time.monotonic()
+                self._out.write(f"  {name} {shown} {text[:100]}".rstrip() + "\n")
+                self._out.flush()
 
-    def _clear(self) -> None:
-        if self._shown:
-            self._out.write("\r\x1b[K")
-            self._shown = False
+    def _move(self, name: str, text: str, *, done: int, total: int, shown: str) -> None:
+        from rich.console import Console  # here: only what is slow can pay for loading it
+        from rich.markup import escape
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        if self._bars is None:
+            columns = (TextColumn("  {task.fields[name]}"), BarColumn(), TextColumn("{task.fields[shown]}"))
+            line = (*columns, TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._bars = Progress(*line, console=Console(file=self._out), transient=True)
+            self._bars.start()
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task("", name=name, shown="")
+        self._bars.update(
+            self._tasks[name], completed=done, total=total or None, description=escape(text), shown=escape(shown)
+        )
 
 
 def paint(text: str, colour: int, *, on: bool) -> str:
