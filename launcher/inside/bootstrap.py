@@ -20,6 +20,7 @@ import runpy
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import TracebackType
 
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
     try:
         check_world_size()
         spread_nvme()
+        hush()
         if os.environ.get("LAUNCHER_BACKEND") == "gloo":
             use_cpu()
         sys.path[0] = str(Path(script).resolve().parent)
@@ -88,6 +90,12 @@ def spread_nvme() -> None:
     for what in ("OPTIMIZER", "PARAM"):
         if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") == "nvme":
             os.environ[f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_NVME_PATH"] = path
+
+
+def hush() -> None:
+    """DeepSpeed uses names of collectives that torch calls deprecated: a warning per step that no user can mend."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
 def use_cpu() -> None:
