@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.document import read
-from cluster.facts import Disk, DockerFact, Gpu, Listener, NodeFacts, Nic, System
+from cluster.facts import Disk, DockerFact, Gpu, Listener, Nic, NodeFacts, System
 from cluster.inventory import Inventory, read_inventory
 
 GIB = 1024**3
@@ -24,9 +24,7 @@ def inventory(*, nodes: int = 3, **fields: Any) -> Inventory:
 
 def gpu(index: int = 0, *, driver: str = "550.90.07") -> Gpu:
     uuid = f"GPU-00000000-0000-0000-0000-{index:012d}"
-    return Gpu(
-        index=index, name="NVIDIA H100 80GB HBM3", uuid=uuid, memory=80 * GIB, driver=driver, capability=(9, 0)
-    )
+    return Gpu(index=index, name="NVIDIA H100 80GB HBM3", uuid=uuid, memory=80 * GIB, driver=driver, capability=(9, 0))
 
 
 SYSTEM = System(

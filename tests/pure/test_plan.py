@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -138,7 +139,7 @@ def test_a_state_folder_may_be_in_the_home_or_anywhere() -> None:
     assert node_root(elsewhere, elsewhere.nodes[0], given.facts()) == "/mnt/s/lab/gpu-01"
 
 
-def node(**fields: str) -> Node:
+def node(**fields: Any) -> Node:
     return Node(**{"name": "gpu-01", "host": "gpu-01.example", **fields})
 
 
