@@ -21,11 +21,13 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from cluster import ssh
 from cluster.command import Command, Result, script
 from cluster.errors import EngineError, InputError, UnreachableError
 from cluster.local import LocalTransport
-from cluster.ssh import Limits, SshTransport, hops, route, translate
+from cluster.ssh import Limits, SshTransport, hops
+from cluster.ssh.faults import MEANINGS, translate
+from cluster.ssh.route import route
+from cluster.ssh.session import wire_line
 from cluster.transport import Transport
 from cluster.trust import Address
 from tests.loopback.conftest import PATIENT, Serve, Site
@@ -276,7 +278,7 @@ SHELLS = [name for name in ("sh", "bash", "dash", "zsh", "fish", "tcsh", "csh", 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_any_login_shell_passes_arguments_unread(shell: str, tmp_path: Path) -> None:
-    wire = ssh._wire(Command(argv=("printf", r"%s\0", *NASTY)).shell())
+    wire = wire_line(Command(argv=("printf", r"%s\0", *NASTY)).shell())
     said = subprocess.run([shell, "-c", wire], capture_output=True, check=True, cwd=tmp_path).stdout
     assert said.decode().split("\0")[:-1] == list(NASTY)
     assert list(tmp_path.iterdir()) == []
@@ -396,7 +398,7 @@ class TestFaults:
             own = {kind} if kind.__module__.startswith("paramiko") else set()
             return own.union(*(family(child) for child in kind.__subclasses__()))
 
-        assert family(paramiko.SSHException) == set(ssh.MEANINGS)
+        assert family(paramiko.SSHException) == set(MEANINGS)
         (hop,) = route(site.address(shared_sshd), site.config, PATIENT)
         for error in (EOFError(), OSError(113, "no route"), paramiko.ChannelException(1, "no"), TimeoutError()):
             assert translate(hop, error).exit_code == 3
