@@ -21,8 +21,8 @@ It writes into "out":
 The same lines go to standard output (`[rank 5] text`) as far as somebody reads it.
 
 SIGTERM or SIGINT asks the job to stop, and kills it after stop_grace seconds; a second one kills it now.
-Secrets are files named by name in secrets_dir; they are complete when `.complete` lies beside them, and reach the
-job as environment variables. The agent exits with the job's code.
+Secrets are files named by name in secrets_dir; they are complete when `.complete` lies beside them. The ranks read
+them there themselves: what is in a process's first environment, every process of that user can read. The agent exits with the job's code.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def carry_out(run: dict[str, Any], *, log: Log, bell: Bell, folder: Path) -> dic
     log.redact = Redactor(secrets.values())
     pipes = Pipes(folder, run=run, log=log, bell=bell)
     try:
-        job = Job(run, folder=folder, secrets=secrets, output=pipes.job_end)
+        job = Job(run, folder=folder, output=pipes.job_end)
     except (OSError, ValueError) as error:
         log.say(f"launcher: cannot start {run['files']}/launch.py in {run['workdir']}: {error}")
         failures = [failure(time=time.time(), kind=type(error).__name__, message=str(error))]
@@ -407,13 +407,13 @@ class Pipes:
 class Job:
     """launch.py in a session of its own, and everything that descends from it."""
 
-    def __init__(self, run: dict[str, Any], *, folder: Path, secrets: dict[str, bytes], output: int) -> None:
+    def __init__(self, run: dict[str, Any], *, folder: Path, output: int) -> None:
         self.code = -1
         self.killed = False
         self._process = subprocess.Popen(
             [sys.executable, str(Path(run["files"], "launch.py")), *run["launch"]],
             cwd=run["workdir"],
-            env=environment(run, folder=folder, secrets=secrets),
+            env=environment(run, folder=folder),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -463,8 +463,8 @@ def living_processes() -> Iterator[tuple[int, int]]:
                 yield int(entry.parent.name), int(parent)
 
 
-def environment(run: dict[str, Any], *, folder: Path, secrets: dict[str, bytes]) -> dict[str, str]:
-    """What the job sees: ours, the run's, the secrets, and where its helpers report."""
+def environment(run: dict[str, Any], *, folder: Path) -> dict[str, str]:
+    """What the job sees: ours, the run's, where its secrets lie, and where its helpers report."""
     defaults = {"PYTHONUNBUFFERED": "1", "PET_SHUTDOWN_TIMEOUT": str(max(1, int(run["stop_grace"])))}
     if run["backend"] == "gloo":
         defaults |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -474,13 +474,13 @@ def environment(run: dict[str, Any], *, folder: Path, secrets: dict[str, bytes])
         "LAUNCHER_WORLD_SIZE": str(run["world_size"]),
         "LAUNCHER_BACKEND": run["backend"] or "",
         "LAUNCHER_NVME": os.pathsep.join(run["nvme"]),
+        "LAUNCHER_SECRETS": os.pathsep.join(str(Path(run["secrets_dir"], name)) for name in run["secrets"]),
         "LAUNCHER_PIPES": str(folder / "pipes"),
         "LAUNCHER_ERRORS": str(folder / "errors"),
         "LAUNCHER_FAILURES": str(folder / "failures.json"),
     }
     asked: dict[str, str] = run["env"]
-    revealed = {name: os.fsdecode(value) for name, value in secrets.items()}
-    return defaults | dict(os.environ) | asked | revealed | ours
+    return defaults | dict(os.environ) | asked | ours
 
 
 def wait_for_secrets(run: dict[str, Any], *, bell: Bell) -> dict[str, bytes] | str:

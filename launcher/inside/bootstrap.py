@@ -7,6 +7,7 @@ It is not a wrapper the script could notice: `__main__`, `sys.argv`, `sys.path[0
   LAUNCHER_PIPES        a folder of FIFOs named by local rank; standard output and error go there
   LAUNCHER_ERRORS       a folder; an exception leaves <rank>.json there: {rank, time, type, message}
   LAUNCHER_WORLD_SIZE   the planned number of ranks; another WORLD_SIZE is an error
+  LAUNCHER_SECRETS      files (joined by os.pathsep): each becomes the variable that is its name
   LAUNCHER_NVME         paths (joined by os.pathsep) for NVMe offload, dealt out over the local ranks
   LAUNCHER_BACKEND      gloo: train on CPUs
 """
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
     script = argv[0]
     try:
         check_world_size()
+        reveal_secrets()
         spread_nvme()
         hush()
         if os.environ.get("LAUNCHER_BACKEND") == "gloo":
@@ -79,6 +81,13 @@ def check_world_size() -> None:
             f"launcher: the plan has {planned} ranks (LAUNCHER_WORLD_SIZE), torchrun started {seen} (WORLD_SIZE):\n"
             "  the nodes did not find each other, or the Accelerate config is not the plan's"
         )
+
+
+def reveal_secrets() -> None:
+    """Set the secrets as variables, here and not before: this environment is memory, and shows in no /proc file."""
+    for file in os.environ.get("LAUNCHER_SECRETS", "").split(os.pathsep):
+        if file:
+            os.environ[Path(file).name] = os.fsdecode(Path(file).read_bytes().removesuffix(b"\n"))
 
 
 def spread_nvme() -> None:

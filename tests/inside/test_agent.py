@@ -251,6 +251,13 @@ def test_secrets_reach_the_job_and_not_the_log(bench: Bench) -> None:
     assert "2Zl8xMjM0NTY3ODkw"[:-2] not in everything
 
 
+def test_secrets_are_in_no_process_environment(bench: Bench) -> None:
+    put_secrets(bench.folder / "secrets", TOKEN="hf_1234567890")
+    look = "open('/proc/self/environ','rb').read() + open(f'/proc/{os.getppid()}/environ','rb').read()"
+    ended = bench.run(f"import os; print(b'hf_1234567890' in {look}, len(os.environ['TOKEN']))", secrets=["TOKEN"])
+    assert ended.said("0") == ["False 13"]
+
+
 def test_the_agent_waits_for_its_secrets(bench: Bench) -> None:
     agent = bench.start("print('secrets are here')", secrets=["TOKEN"])
     with pytest.raises(subprocess.TimeoutExpired):
