@@ -22,7 +22,8 @@ The same lines go to standard output (`[rank 5] text`) as far as somebody reads 
 
 SIGTERM or SIGINT asks the job to stop, and kills it after stop_grace seconds; a second one kills it now.
 Secrets are files named by name in secrets_dir; they are complete when `.complete` lies beside them. The ranks read
-them there themselves: what is in a process's first environment, every process of that user can read. The agent exits with the job's code.
+them there themselves: what is in a process's first environment, every process of that user can read. The agent exits
+with the job's code.
 """
 
 from __future__ import annotations
