@@ -221,8 +221,12 @@ def whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
 def settle_batch(accelerator: Accelerator, args: argparse.Namespace) -> int:
     """Agree with the config on accumulation and batch; answers with the samples a process sees at once."""
     plugin = accelerator.state.deepspeed_plugin
-    if args.accumulation:
-        accelerator.gradient_accumulation_steps = args.accumulation
+    config = plugin.deepspeed_config if plugin is not None else {}
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" not in os.environ:
+        config.pop("gradient_accumulation_steps", None)  # by plugin settings it is 1 where nobody said anything
+    said = config.get("gradient_accumulation_steps", "auto")
+    if args.accumulation or said != "auto":
+        accelerator.gradient_accumulation_steps = args.accumulation or said
     share = accelerator.num_processes * accelerator.gradient_accumulation_steps
     micro, rest = divmod(args.global_batch, share)
     if rest or not micro:
@@ -231,10 +235,10 @@ def settle_batch(accelerator: Accelerator, args: argparse.Namespace) -> int:
             f"x {accelerator.gradient_accumulation_steps} accumulation steps: use a multiple of {share}"
         )
     if plugin is not None:
-        settle(plugin.deepspeed_config, "gradient_accumulation_steps", accelerator.gradient_accumulation_steps)
-        settle(plugin.deepspeed_config, "train_micro_batch_size_per_gpu", micro)
-        if plugin.deepspeed_config.get("gradient_clipping", "auto") == "auto":
-            plugin.deepspeed_config["gradient_clipping"] = 0.0  # Accelerate would fill in 1.0
+        settle(config, "gradient_accumulation_steps", accelerator.gradient_accumulation_steps)
+        settle(config, "train_micro_batch_size_per_gpu", micro)
+        if config.get("gradient_clipping", "auto") == "auto":
+            config["gradient_clipping"] = 0.0  # Accelerate would fill in 1.0
     return micro
 
 
