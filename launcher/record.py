@@ -173,7 +173,7 @@ class RunRecord:
     def emit(self, event: Event) -> None:
         """Append one event; it is on disk when this returns."""
         with self._lock:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(self.folder)
             with (self.folder / "events.jsonl").open("ab") as log:
                 # After a torn line (a full disk, a crash) a new one begins.
                 start = b"\n" if _is_torn(self.folder / "events.jsonl") else b""
@@ -208,6 +208,11 @@ def _is_torn(path: Path) -> bool:
         return bool(log.seek(0, os.SEEK_END)) and (log.seek(-1, os.SEEK_END), log.read(1))[1] != b"\n"
 
 
+def _make_private(folder: Path) -> None:
+    for missing in reversed([one for one in (folder, *folder.parents) if not one.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)  # `parents=True` would give the ones above the usual mode
+
+
 def _lines(path: Path) -> Iterator[tuple[bytes, str, bytes]]:
     with path.open("rb") as file:
         for line in file:
@@ -217,7 +222,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, str, bytes]]:
 def keep_traceback(folder: Path, text: str) -> Path:
     """Append a traceback to the log for bugs; gives back where that is."""
     path = folder / "errors.log"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_private(folder)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as log:
         log.write(text + "\n")
     return path
@@ -242,7 +247,7 @@ def plan_from_json(text: str, *, name: str) -> Plan:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a private file so that it is never seen half: beside it, to the disk, then under its name."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_private(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     partial.unlink(missing_ok=True)  # of a process that died while it had our number
     try:
