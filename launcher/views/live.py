@@ -89,7 +89,8 @@ class Teller:
     def say(self, text: str) -> None:
         """One line about what was done."""
         with self._lock:
-            self._out.write(f"{text}\n")
+            self._clear()
+            self._out.write(f"{sanitize(text) if self._moving else text}\n")  # errors quote what machines said
             self._out.flush()
 
     def warn(self, finding: Finding) -> None:
@@ -108,10 +109,13 @@ class Teller:
     def done(self) -> None:
         """What was being shown as progress is over."""
         with self._lock:
-            if self._bars:
-                self._bars.stop()
-            self._bars = None
-            self._tasks.clear()
+            self._clear()
+
+    def _clear(self) -> None:
+        if self._bars:
+            self._bars.stop()
+        self._bars = None
+        self._tasks.clear()
 
     def _show(self, name: str, text: str, *, done: int, total: int, shown: str) -> None:
         with self._lock:
