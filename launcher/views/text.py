@@ -109,17 +109,17 @@ def status_text(cluster: str, rows: Sequence[Mapping[str, Any]], last: RunState 
     return "\n".join(lines)
 
 
-def state_line(state: RunState) -> str:
+def state_line(state: RunState, *, now: float | None = None) -> str:
     """One run in one line."""
     if state.is_over:
         seconds = (state.ended or state.began) - state.began
         return f"{state.phase} after {seconds:.0f} s{': ' + state.cause if state.cause else ''}"
-    return f"{state.phase}, began {age(state.began)} ago, {state.world_size} processes"
+    return f"{state.phase}, began {age(state.began, now=now)} ago, {state.world_size} processes"
 
 
-def age(began: float) -> str:
+def age(began: float, *, now: float | None = None) -> str:
     """How long ago, roughly."""
-    seconds = max(0, time.time() - began)
+    seconds = max(0, (time.time() if now is None else now) - began)
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
@@ -152,6 +152,6 @@ def run_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The runs that are known here, the newest last."""
     cells = [("RUN", "CLUSTER", "STATE", "COMMAND")]
     cells += [
-        (row["run"], row["cluster"], row["phase"], " ".join(row["command"])[:60]) for row in rows if row.get("run")
+        (row["run"], row["cluster"], row["phase"], describe(row["command"], limit=60)) for row in rows if row.get("run")
     ]
     return table(cells)
