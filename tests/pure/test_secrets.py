@@ -20,9 +20,11 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def refused(names: tuple[str, ...], *, file: Path | None = None, **environment: str) -> list[str]:
+def refused(
+    names: tuple[str, ...], environment: dict[str, str] | None = None, *, file: Path | None = None
+) -> list[str]:
     with pytest.raises(InputError) as caught:
-        read_secrets(names, environment=environment, file=file)
+        read_secrets(names, environment=environment or {}, file=file)
     assert VALUE not in str(caught.value)
     return str(caught.value).splitlines()
 
@@ -47,7 +49,7 @@ def test_a_file_stands_in_for_the_environment(file: Path) -> None:
 
 @pytest.mark.parametrize("environment", [{}, {"HF_TOKEN": ""}])
 def test_a_secret_without_a_value_is_refused(environment: dict[str, str]) -> None:
-    assert refused(("HF_TOKEN",), **environment) == [
+    assert refused(("HF_TOKEN",), environment) == [
         "environment: the secret HF_TOKEN has no value",
         "  next: export HF_TOKEN=… before the command, or give it in --secrets-file",
     ]
@@ -55,7 +57,7 @@ def test_a_secret_without_a_value_is_refused(environment: dict[str, str]) -> Non
 
 def test_a_secret_that_the_file_lacks_is_not_taken_from_elsewhere(file: Path) -> None:
     file.write_text("OTHER=1\n")
-    assert refused(("HF_TOKEN",), file=file, HF_TOKEN=VALUE)[0] == f"{file}: the secret HF_TOKEN has no value"
+    assert refused(("HF_TOKEN",), {"HF_TOKEN": VALUE}, file=file)[0] == f"{file}: the secret HF_TOKEN has no value"
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o606, 0o660])
@@ -86,7 +88,7 @@ NAMES = ["", "A-B", "1A", "a b", "A\n", "HF_TOKEN=x", "RANK", "WORLD_SIZE", "MAS
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_is_none_or_ours_is_refused(name: str) -> None:
-    assert refused((name,), **{name: VALUE}) == [
+    assert refused((name,), {name: VALUE}) == [
         f"{name!r} cannot be the name of a secret",
         "  next: letters, digits and _, not our own",
     ]
