@@ -17,7 +17,6 @@ from cluster.transport import Transport
 from cluster.trust import Address
 from tests.pure import given
 
-
 NOTHING = Result(code=0, stdout=b"", stderr=b"")
 
 
