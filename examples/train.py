@@ -30,6 +30,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -363,6 +364,9 @@ def note(accelerator: Accelerator, args: argparse.Namespace, *, step: int, loss:
 def save(accelerator: Accelerator, out: Path, *, step: int) -> None:
     """A checkpoint; it counts once `complete` lies in it, on every machine."""
     folder = out / f"step-{step:08d}"
+    if accelerator.is_local_main_process:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run: swapped tensors are not saved over others
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(folder))
     accelerator.wait_for_everyone()
     if accelerator.is_local_main_process:
