@@ -1,0 +1,220 @@
+"""The command line from outside: exit codes, suggestions, odd surroundings; never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+INVENTORY = """\
+name: lab
+accelerator: cpu
+nodes:
+  - {name: cpu-01, host: 192.0.2.1}
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command answered."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A folder and an environment of its own, in which the launcher is called."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def __call__(self, *words: str | bytes, without: tuple[str, ...] = (), **environment: str) -> Said:
+        known = {**self.environment, **environment}
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.cli", *words],
+            cwd=self.folder,
+            env={name: value for name, value in known.items() if name not in without},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=120,
+            check=False,
+        )
+        said = Said(done.returncode, done.stdout.decode(), done.stderr.decode())
+        assert "Traceback" not in said.out + said.err
+        assert "this should not happen" not in said.err
+        return said
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Shell:
+    (tmp_path / "work").mkdir()
+    return Shell(
+        tmp_path / "work",
+        {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "HOME": str(tmp_path),
+            "LAUNCHER_STATE": str(tmp_path / "state"),
+        },
+    )
+
+
+def test_help_and_version_answer(call: Shell) -> None:
+    told = call("--help")
+    assert (told.code, told.err) == (0, "")
+    assert told.out.startswith("Usage: launcher [OPTIONS] COMMAND [ARGS]...")
+    assert call("--version") == Said(0, "launcher, version 0.1.0\n", "")
+
+
+def test_a_mistyped_command_gets_a_suggestion(call: Shell) -> None:
+    told = call("stats")
+    assert (told.code, told.out) == (2, "")
+    assert told.err.splitlines()[-1] in (
+        "Error: No such command 'stats'. Did you mean 'status'?",
+        "Error: No such command 'stats'. (Did you mean one of: 'status', 'stop'?)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "--stge", "3", "train.py"), "No such option"),
+        (("run", "--stage"), "requires an argument"),
+        (("run", "--stage", "4", "train.py"), "'4' is not one of '0', '1', '2', '3'"),
+        (("run", "--accumulation", "x", "train.py"), "'x' is not a valid integer"),
+        (("run",), "Missing argument 'SCRIPT'"),
+        (("config",), ""),
+        (("frobnicate",), "No such command 'frobnicate'."),
+    ],
+)
+def test_what_cannot_be_parsed_is_exit_code_2(call: Shell, words: tuple[str, ...], said: str) -> None:
+    told = call(*words)
+    assert (told.code, told.out) == (2, "")
+    assert said in told.err
+
+
+def test_without_any_cluster_the_way_to_one_is_shown(call: Shell) -> None:
+    assert call("status") == Said(
+        2,
+        "",
+        "error: no cluster is named, there is no cluster.yaml here, and none was brought up\n"
+        "  next: launcher up cluster.yaml, or launcher init HOST... to write a first one\n",
+    )
+
+
+def test_a_cluster_that_is_not_known_is_told_with_those_that_are(call: Shell) -> None:
+    assert call("status", "-c", "nowhere") == Said(
+        2, "", "error: no cluster 'nowhere' is known here\n  next: known are: none; or name its file\n"
+    )
+
+
+def test_a_wrong_inventory_is_refused_with_its_place(call: Shell) -> None:
+    (call.folder / "cluster.yaml").write_text("name: lab\nnods: []\n")
+    told = call("up", "--dry-run")
+    assert (told.code, told.out) == (2, "")
+    assert "cluster.yaml:2:1: nods is no key; did you mean 'nodes'?" in told.err
+
+
+def test_nothing_is_connected_to_before_the_settings_make_sense(call: Shell) -> None:
+    (call.folder / "cluster.yaml").write_text(INVENTORY)
+    (call.folder / "train.py").touch()
+    assert call("run", "--stage", "2", "--offload-param", "cpu", "train.py") == Said(
+        2,
+        "",
+        "error: --offload-param: offloading the parameters needs ZeRO stage 3: at stage 2 DeepSpeed would ignore it\n"
+        "  next: add --stage 3, or leave --offload-param out\n",
+    )
+
+
+def test_a_node_of_an_unpinned_key_is_exit_code_3_without_a_packet(call: Shell) -> None:
+    (call.folder / "cluster.yaml").write_text(INVENTORY)
+    told = call("up")
+    assert (told.code, told.out) == (3, "")
+    assert told.err.startswith("error: node cpu-01")
+    assert "launcher trust" in told.err
+
+
+def test_json_is_json_and_alone_on_standard_output(call: Shell) -> None:
+    known = call("ls", "--json")
+    assert (known.code, json.loads(known.out)) == (0, {"current": None, "clusters": [], "runs": []})
+    schema = json.loads(call("schema").out)
+    assert schema["required"] == ["name", "nodes"]
+
+
+@pytest.mark.parametrize(
+    ("shell", "word"), [("bash", "complete -o nosort"), ("zsh", "#compdef launcher"), ("fish", "complete --no-files")]
+)
+def test_a_shell_gets_its_completion(call: Shell, shell: str, word: str) -> None:
+    told = call("completion", shell)
+    assert (told.code, told.err) == (0, "")
+    assert word in told.out
+    assert "_LAUNCHER_COMPLETE" in told.out
+
+
+def test_completion_completes(call: Shell) -> None:
+    told = call(COMP_WORDS="launcher st", COMP_CWORD="1", _LAUNCHER_COMPLETE="bash_complete")
+    assert told.out.splitlines() == ["plain,status", "plain,stop"]
+
+
+def test_a_reader_that_goes_away_hears_no_complaint(call: Shell) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher.cli", "schema"],
+        cwd=call.folder,
+        env=call.environment,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(write)
+    assert done.stderr == b""
+
+
+def test_a_home_is_not_needed(call: Shell) -> None:
+    assert call("ls", without=("HOME",)).code == 0
+    assert call("schema", without=("HOME", "LAUNCHER_STATE")).code == 0
+
+
+def test_a_narrow_and_dumb_terminal_is_enough(call: Shell) -> None:
+    told = call("run", "--help", TERM="dumb", COLUMNS="20")
+    assert (told.code, told.err) == (0, "")
+    assert "\x1b" not in told.out
+
+
+def test_words_that_no_program_can_pass_on_are_refused(call: Shell) -> None:
+    told = call("status", "-c", b"\xff\xfe")
+    assert (told.code, told.out) == (2, "")
+
+
+def test_an_empty_word_names_nothing(call: Shell) -> None:
+    assert call("status", "-c", "").code == 2
+    assert call("logs", "--since", "", "-c", "nowhere").code == 2
+
+
+def test_debug_shows_where_an_error_comes_from(call: Shell) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher.cli", "--debug", "status"],
+        cwd=call.folder,
+        env=call.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-2].startswith("error: no cluster is named")
+
+
+def test_what_was_mistaken_leaves_no_state(call: Shell) -> None:
+    call("status")
+    call("up", "nowhere.yaml")
+    assert not (call.folder.parent / "state").exists()

@@ -1,0 +1,260 @@
+"""Guards: what must stay as it is, unless somebody argues for the change by editing this file."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from launcher.cli import ROOMS  # importing it registers all commands
+from launcher.cli.options import launcher
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("cluster", "launcher")
+CODE = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+INSIDE = ROOT / "launcher" / "inside"
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, at the top or anywhere inside."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def importers(library: str) -> set[str]:
+    """Who imports a library: files, or the package that is its room."""
+    found = {path for path in CODE if any(name.split(".")[0] == library for name in imported(path))}
+    return {"cluster/ssh/" if path.parent.name == "ssh" else name_of(path) for path in found}
+
+
+# The house
+
+
+def test_every_module_stands_on_its_storey() -> None:
+    checked = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("library", "seams"),
+    [
+        ("fabric", {"cluster/ssh/"}),
+        ("paramiko", {"cluster/ssh/"}),
+        ("docker", {"cluster/dockerd.py"}),
+        ("requests", {"cluster/dockerd.py"}),
+        ("yaml", {"cluster/document.py", "launcher/render.py"}),
+        ("pathspec", {"launcher/snapshot.py"}),
+        ("rich", {"launcher/views/live.py"}),
+        ("torch", {"launcher/inside/launch.py"}),
+        ("accelerate", {"launcher/inside/launch.py", "launcher/inside/bootstrap.py"}),
+        ("deepspeed", {"launcher/inside/bootstrap.py"}),
+    ],
+)
+def test_a_library_has_its_seam_and_is_known_nowhere_else(library: str, seams: set[str]) -> None:
+    assert importers(library) == seams
+
+
+def test_only_the_border_knows_pydantic_and_only_the_command_line_knows_click() -> None:
+    assert importers("pydantic") | importers("pydantic_core") <= {
+        "cluster/allowed.py",
+        "cluster/complaints.py",
+        "cluster/inventory.py",
+        "launcher/record.py",
+    }
+    assert all(name.startswith("launcher/cli/") for name in importers("click"))
+
+
+@pytest.mark.parametrize("path", sorted(INSIDE.glob("*.py")), ids=lambda path: path.stem)
+def test_what_runs_in_a_container_needs_nothing_of_ours(path: Path) -> None:
+    known = {*sys.stdlib_module_names, "torch", "accelerate", "deepspeed"}
+    assert {name.split(".")[0] for name in imported(path)} <= known
+
+
+def test_the_docker_folder_is_no_package_or_it_would_hide_the_sdk() -> None:
+    assert not (ROOT / "docker" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_a_module_is_named_for_what_it_is(path: Path) -> None:
+    banned = {"utils", "util", "helpers", "helper", "common", "manager", "base", "misc", "core", "lib"}
+    assert not banned & {part.strip("_") for part in path.relative_to(ROOT).with_suffix("").parts}
+
+
+# The code
+
+
+def test_only_what_runs_in_a_container_prints() -> None:
+    calls = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in CODE
+        if path.parent != INSIDE
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert calls == []
+
+
+def test_doubles_stand_at_our_own_seams_and_nothing_is_mocked() -> None:
+    mocks = {name_of(path) for path in (*CODE, *TESTS) for name in imported(path) if "mock" in name.split(".")}
+    assert mocks == set()
+
+
+def test_no_host_key_is_ever_taken_unseen() -> None:
+    loose = re.compile(r"AutoAddPolicy|WarningPolicy|StrictHostKeyChecking=(?!yes)|UserKnownHostsFile=/dev/null")
+    found = {
+        f"{name_of(path)}: {node.id if isinstance(node, ast.Name) else node.attr}"
+        for path in CODE
+        for node in ast.walk(tree_of(path))
+        if (isinstance(node, ast.Name) and loose.search(node.id))
+        or (isinstance(node, ast.Attribute) and loose.search(node.attr))
+    }
+    options = {
+        f"{name_of(path)}: {node.value}"
+        for path in CODE
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if re.search(r"StrictHostKeyChecking[= ](?!yes)|UserKnownHostsFile[= ]/dev/null", node.value)
+    }
+    assert found | options == set()
+
+
+def test_nothing_is_ever_run_by_a_shell_that_is_not_quoted_by_us() -> None:
+    shells = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in CODE
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.keyword) and node.arg == "shell" and getattr(node.value, "value", False) is True
+    ]
+    assert shells == []
+
+
+# The command line: it grows only by an argued change of this list.
+CLUSTER, JSON = "-c/--cluster", "--json"
+JOB = (
+    *("--stage", "--offload-optimizer", "--offload-param", "--precision", "--accumulation", "--clipping"),
+    *("--ds-config", "--env"),
+)
+COMMANDS = {
+    "init": ("HOSTS", "-o/--output", "--name", "-i/--identity-file", "--yes"),
+    "trust": ("CLUSTER", "--yes", "--replace"),
+    "up": ("CLUSTER", "--engine", "--dry-run", "--ignore", JSON),
+    "run": (
+        *(CLUSTER, *JOB, "--engine", "--port", "--secret", "--secrets-file", "--snapshot-limit", "-d/--detach"),
+        *("--dry-run", "--ignore", JSON, "SCRIPT", "ARGS"),
+    ),
+    "status": (CLUSTER, JSON),
+    "ls": (JSON,),
+    "logs": (CLUSTER, "-f/--follow", "--since", "--rank", "RUN_ID"),
+    "attach": (CLUSTER, JSON),
+    "stop": (CLUSTER, "--grace"),
+    "exec": (CLUSTER, "--node", "ARGV"),
+    "shell": (CLUSTER, "NODE", "ARGV"),
+    "down": (CLUSTER, "--grace", "NAME"),
+    "config show": (CLUSTER, *JOB, JSON, "NODE"),
+    "image build": (
+        *("--flavour", "--base", "--ca-bundle", "--pip-index", "--apt-mirror", "--wheels", "--cuda-architectures"),
+        *("--build-network", JSON),
+    ),
+    "schema": (),
+    "completion": ("SHELL_NAME",),
+}
+# These show no example yet, and these options say nothing of themselves.
+SILENT = {"ls", "stop", "shell"}
+SILENT_OPTIONS = {"init --output", "image build --flavour"}
+
+
+def leaves(group: click.Group, *, above: tuple[str, ...] = ()) -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name in group.list_commands(click.Context(group)):
+        command = group.commands[name]
+        if isinstance(command, click.Group):
+            found |= leaves(command, above=(*above, name))
+        else:
+            found[" ".join((*above, name))] = command
+    return found
+
+
+LEAVES = leaves(launcher)
+
+
+def test_the_commands_and_their_options_are_these() -> None:
+    assert {command.callback.__module__ for command in LEAVES.values() if command.callback} == {
+        room.__name__ for room in ROOMS
+    }
+    assert list(LEAVES) == list(COMMANDS)
+    shown = {
+        name: tuple(
+            "/".join(sorted(one.opts, key=len)) if isinstance(one, click.Option) else str(one.name).upper()
+            for one in command.params
+        )
+        for name, command in LEAVES.items()
+    }
+    assert shown == COMMANDS
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_a_commands_help_ends_with_an_example(name: str, request: pytest.FixtureRequest) -> None:
+    if name in SILENT:
+        request.applymarker(pytest.mark.xfail(reason="has no example", strict=True))
+    help_text = LEAVES[name].help or ""
+    lines = [line.strip() for line in help_text.splitlines()]
+    assert lines[0].endswith(".")
+    assert any(line.startswith(("launcher ", 'eval "$(launcher ')) for line in lines)
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    silent = {
+        f"{name} {option.opts[-1]}"
+        for name, command in LEAVES.items()
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help
+    }
+    assert silent == SILENT_OPTIONS
+
+
+# main() leaves by os._exit; what it had loaded by then is told on standard error.
+LISTING = """
+import os, sys
+leave = os._exit
+def listing(code):
+    print(*sys.modules, file=sys.stderr, flush=True)
+    leave(code)
+os._exit = listing
+sys.argv = ["launcher", "--help"]
+from launcher.cli import main
+main()
+"""
+
+
+def test_help_is_quick_because_it_loads_nothing_heavy() -> None:
+    heavy = {"torch", "fabric", "paramiko", "docker", "pydantic", "pydantic_core", "yaml", "rich", "requests"}
+    told = subprocess.run([sys.executable, "-c", LISTING], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(told.stderr.split())
+    assert "click" in loaded
+    assert not heavy & loaded
