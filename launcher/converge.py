@@ -184,4 +184,4 @@ def plan_only(now: Session, job: Job) -> Plan:
     tag = image_tag(now.inventory)
     if {node.name for node in now.inventory.nodes} - set(facts):
         facts = look(now, tag=tag).facts
-    return make_plan(now.inventory, job, facts, image=tag)
+    return make_plan(now.inventory, job, facts, image=tag, run_id="RUN", code="CODE")

@@ -104,11 +104,15 @@ def start(
         emit(StageBegan(time=clock(), stage="start"))
         containers = start_run(now.machines, plan, secrets)
     except BaseException as error:
-        emit(RunEnded(time=clock(), code=getattr(error, "exit_code", 130), cause=str(error).splitlines()[0]))
+        emit(RunEnded(time=clock(), code=getattr(error, "exit_code", 130), cause=_first_line(error)))
         raise
     for node, container in containers.items():
         emit(NodeStarted(time=clock(), node=node, container=container))
     return containers
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def follow(
@@ -230,6 +234,22 @@ def _out_folders(now: Session, run_id: str) -> Mapping[str, str]:
         node.name: f"{node_root(now.inventory, node, facts[node.name])}/runs/{run_id}/out"
         for node in now.inventory.nodes
     }
+
+
+def stop(now: Session, *, grace: float) -> RunEnded | None:
+    """End the run under way, in order, on every node, and clear it away; None when there is none."""
+    found = find_ours(now)
+    run_id = live_run(found)
+    if run_id is None:
+        return None
+    containers = _of_run(found, run_id)
+
+    def end(machine: Machine) -> None:
+        if machine.name in containers:
+            machine.engine.stop(containers[machine.name], grace=grace)
+
+    each(now.machines, end, deadline=grace + 30).all_or_raise()
+    return _follow_found(now, run_id, containers, show=lambda _node, _line: None)
 
 
 @contextmanager

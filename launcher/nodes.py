@@ -1,4 +1,4 @@
-"""What is done with the machines apart from runs of one's own: stop, remove, run a command, open a shell."""
+"""What is done with the machines apart from runs: remove what is ours, run a command, open a shell."""
 
 from __future__ import annotations
 
@@ -10,20 +10,6 @@ from cluster.errors import CommandError, NodeError
 from cluster.fleet import Machine, each
 from launcher import render
 from launcher.session import Session, choose_machines
-
-
-def stop(now: Session, *, grace: float) -> Mapping[str, tuple[str, ...]]:
-    """End the run on every node, in order; who watches it clears it away. Gives back what was stopped, by node."""
-
-    def act(machine: Machine) -> tuple[str, ...]:
-        machine.transport.open()
-        found = machine.engine.find({LABEL_CLUSTER: now.inventory.name, LABEL_ROLE: render.ROLE_RUN})
-        live = [one for one in found if one.is_live]
-        for one in live:
-            machine.engine.stop(one.id, grace=grace)
-        return tuple(one.name for one in live)
-
-    return each(now.machines, act, deadline=grace + 30).all_or_raise()
 
 
 def down(now: Session, *, grace: float) -> Mapping[str, tuple[str, ...]]:

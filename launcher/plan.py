@@ -95,7 +95,7 @@ def make_plan(
 ) -> Plan:
     """Who does what, where. `port` is where the processes meet (default: the inventory's).
 
-    `run_id` and `code` (the snapshot's digest) are empty for what is no run: the plan of `up` and of `config show`.
+    `run_id` and `code` (the snapshot's digest) are empty for what is no run: the plan of `up`.
     """
     nodes = tuple(
         _node_plan(inventory, node, facts[node.name], rank=rank, run_id=run_id, code=code)

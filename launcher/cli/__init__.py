@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, Interrupted
 from launcher.cli import bring, config, train, watch
 from launcher.cli.options import NAME, launcher
 
@@ -26,6 +26,9 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv[1:]
     try:
         launcher.main(prog_name=NAME, standalone_mode=False)
+    except Interrupted as error:
+        click.echo(str(error), err=True)
+        _leave(error.exit_code)
     except ClusterError as error:
         _complain(error, debug=debug)
         _leave(error.exit_code)

@@ -108,7 +108,7 @@ def up(cluster: str | None, engine: str | None, ignore: tuple[str, ...], *, dry_
         click.echo(text.plan_text(done.plan, todo))
     else:
         count = len(done.plan.nodes)
-        nodes = f"{count} node{'s' * (count > 1)}"
+        nodes = f"{count} node{'s' * (count != 1)}"
         click.echo(f"cluster {now.inventory.name} is up: {nodes}; {converge.told(done)}", err=True)
 
 

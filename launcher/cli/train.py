@@ -90,9 +90,10 @@ def _run(now: Session, launch: Launch, secrets: dict[str, str], *, detach: bool,
 
     plan = launch.plan
     record = now.memory.run(plan.run)
+    count = len(plan.nodes)
     for note in launch.snapshot.skipped:
         now.voice.say(note)
-    now.voice.say(f"run {plan.run}: {plan.world_size} processes on {len(plan.nodes)} nodes")
+    now.voice.say(f"run {plan.run}: {plan.world_size} processes on {count} node{'s' * (count != 1)}")
     containers = execute.start(now, launch, record, secrets=secrets)
     if detach:
         now.voice.say(f"run {plan.run} goes on by itself; next: launcher attach, launcher logs -f, launcher stop")
@@ -181,10 +182,15 @@ def attach(cluster: str | None, *, as_json: bool) -> None:
 @cluster_option
 @click.option("--grace", type=float, default=5.0, show_default=True, metavar="SECONDS", help="Before it is killed.")
 def stop(cluster: str | None, grace: float) -> None:
-    """Stop the run that is under way, in order, on every node."""
-    from launcher import nodes as machines
+    """Stop the run that is under way, in order, on every node.
+
+    \b
+    launcher stop
+    """
+    from launcher import execute
 
     with opened(cluster) as now:
-        stopped = machines.stop(now, grace=grace)
-    names = [name for names in stopped.values() for name in names]
-    click.echo(f"stopped {', '.join(names)}" if names else "no run is under way", err=True)
+        end = execute.stop(now, grace=grace)
+    click.echo(
+        "no run is under way" if end is None else f"{end.cause or 'it had ended'}; nothing of it is left", err=True
+    )

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import tarfile
 from collections.abc import Mapping, Sequence
 
 from cluster.command import Command
-from cluster.container import LABEL_CLUSTER, LABEL_ROLE, LABEL_RUN, Container
-from cluster.errors import CommandError, LockedError, NodeError
+from cluster.container import (
+    LABEL_CLUSTER,
+    LABEL_NODE,
+    LABEL_ROLE,
+    LABEL_RUN,
+    Container,
+    ContainerSpec,
+    ContainerState,
+)
+from cluster.errors import CommandError, LockedError
 from cluster.fleet import Machine, each
 from launcher import render
 from launcher.plan import Plan
@@ -30,27 +37,27 @@ def refuse_foreign(found: Mapping[str, tuple[Container, ...]]) -> None:
 
 
 def start_run(machines: Sequence[Machine], plan: Plan, secrets: Mapping[str, str]) -> Mapping[str, str]:
-    """Create all containers (the names are the lock), then start all; gives back their ids by node.
+    """Create all containers, then start all; gives back their ids by node.
 
-    When one cannot be had, those that were made are removed again.
+    The names are the lock: whoever makes the first node's container has the run, so of two operators one wins. When
+    one container cannot be had, those that were made are removed again.
     """
     nodes = {node.name: node for node in plan.nodes}
+    made: dict[str, str] = {}
 
-    def create(machine: Machine) -> str:
-        _sweep(machine, plan)
-        return machine.engine.create(render.run_container(plan, nodes[machine.name]))
+    def create(machine: Machine) -> None:
+        made[machine.name] = _create(machine, render.run_container(plan, nodes[machine.name]))
 
     def start(machine: Machine) -> str:
-        container = created[machine.name]
+        container = made[machine.name]
         machine.engine.start(container)
         if plan.job.secrets:
             _hand_over(machine, container, nodes[machine.name].job.secrets, secrets)
         return container
 
-    made: dict[str, str] = {}
     try:
-        answers = each(machines, lambda machine: _told(made, machine.name, create(machine)))
-        created = answers.all_or_raise()
+        each(machines[:1], create).all_or_raise()
+        each(machines[1:], create).all_or_raise()
         return each(machines, start).all_or_raise()
     except BaseException:
         undo = [machine for machine in machines if machine.name in made]
@@ -58,17 +65,19 @@ def start_run(machines: Sequence[Machine], plan: Plan, secrets: Mapping[str, str
         raise
 
 
-def _told(made: dict[str, str], node: str, container: str) -> str:
-    made[node] = container
-    return container
-
-
-def _sweep(machine: Machine, plan: Plan) -> None:
-    """Remove what an earlier run left of its container, if it has ended."""
-    for one in machine.engine.find({LABEL_CLUSTER: plan.cluster, LABEL_ROLE: render.ROLE_RUN}):
-        if not one.is_live and one.name == render.container_name(plan.cluster, machine.name, render.ROLE_RUN):
-            with contextlib.suppress(NodeError):
-                machine.engine.remove(one.id)
+def _create(machine: Machine, spec: ContainerSpec) -> str:
+    """Make the container; what an earlier run left of it makes room, if it has ended."""
+    try:
+        return machine.engine.create(spec)
+    except LockedError as taken:
+        ours = {name: spec.labels[name] for name in (LABEL_CLUSTER, LABEL_ROLE, LABEL_NODE)}
+        stale = [one for one in machine.engine.find(ours) if one.state is ContainerState.ENDED]
+        for one in stale:
+            machine.engine.remove(one.id)
+        if not stale:
+            taken.next_step = "launcher attach to watch the run that holds it, launcher down to remove what was left"
+            raise
+        return machine.engine.create(spec)
 
 
 def _hand_over(machine: Machine, container: str, folder: str, secrets: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster.command import Command
 from cluster.container import Container
-from cluster.errors import EngineError, NodeError, UnreachableError
+from cluster.errors import EngineError, Interrupted, NodeError, UnreachableError
 from cluster.fleet import Machine, each
 from launcher import render
 from launcher.events import Emit, Failure, NodeEnded, RunEnded, StageBegan
@@ -38,8 +38,13 @@ class Watched:
     mirror: Path
 
 
-class Detached(Exception):
+class Detached(Interrupted):
     """The user left; the run goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "left; the run goes on by itself", next_step="launcher attach, launcher logs -f, launcher stop"
+        )
 
 
 def watch(
