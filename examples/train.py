@@ -15,6 +15,7 @@ ZeRO stage, up to rounding. Compare two curves with `diff <(jq .loss a/loss.json
     --resume                                go on from the newest checkpoint in --out (or --resume FOLDER); the first
                                             run of a job that always says --resume starts anew
     --log-every 1                           a line per step
+    --width 512                             a model large enough for NVMe offload: smaller tensors are never swapped
 
 Precision and ZeRO come from the Accelerate config, by plugin settings or by a DeepSpeed file. With an `optimizer` in
 that file, the file's optimizer is used, and so with its `scheduler`; `"auto"` values are filled from the options here.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports deepspeed: its search for devices is noisy
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # importing DeepSpeed leaves it behind, a test may not
 
 # Said inside torch and DeepSpeed about themselves; not one of these can come from our code.
 THEIRS = (
