@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.command import check_word
 from launcher.errors import PlanError
 from launcher.job import Job, Zero
 
@@ -51,7 +52,9 @@ def file_settings() -> dict[str, object]:
 def read_config(text: str, *, name: str) -> dict[str, Any]:
     """A user's DeepSpeed JSON, or `PlanError` with its place."""
     try:
-        config = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        config = json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants, parse_float=_only_finite
+        )
     except _BadPairError as error:
         raise PlanError(str(error), where=name) from None
     except json.JSONDecodeError as error:
@@ -82,12 +85,21 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return seen
 
 
+def _only_finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise _BadPairError(f"{text[:20]} is larger than any number of a computer")
+    return number
+
+
 def _no_constants(name: str) -> object:
     raise _BadPairError(f"{name} is not JSON")
 
 
 def check(job: Job, *, accelerator: str) -> None:
-    """Refuse settings that contradict each other, by name, before anything starts."""
+    """Refuse settings that contradict each other or cannot be handed on, by name, before anything starts."""
+    for word in (job.script, *job.args, *(value for _, value in job.env)):
+        check_word(word)
     if job.config is not None:
         _check_file(job)
     else:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cluster.errors import InputError
 from launcher.errors import PlanError
 from launcher.job import Job, Zero
 from launcher.zero import check, file_for_node, needs_nvme, plugin_settings, read_config, uses_deepspeed
@@ -119,6 +120,20 @@ def test_a_precision_that_needs_a_gpu_is_refused_on_cpu(precision: Any, cure: st
 @pytest.mark.parametrize(
     "job",
     [
+        Job(script="train\udcff.py"),
+        Job(script="train.py", args=("--name", "\udcff")),
+        Job(script="train.py", args=("a\0b",)),
+        Job(script="train.py", env=(("A", "\udcff"),)),
+    ],
+)
+def test_words_that_would_not_arrive_as_they_are_are_refused(job: Job) -> None:
+    with pytest.raises(InputError, match=r"is not UTF-8|holds a NUL byte"):
+        check(job, accelerator="cuda")
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
         plain(),
         plain(accumulation=4),
         plain(stage=1, clipping=0.0),
@@ -141,13 +156,14 @@ def test_what_can_be_meant_passes(job: Job) -> None:
         ('{"a": {"b": 1, "b": 1}}', "ds.json: the key 'b' stands twice; DeepSpeed would take the last one, silently"),
         ('{"a": NaN}', "ds.json: NaN is not JSON"),
         ('{"a": -Infinity}', "ds.json: -Infinity is not JSON"),
+        ('{"a": 1e999}', "ds.json: 1e999 is larger than any number of a computer"),
         ("[]", "ds.json: a DeepSpeed configuration is a JSON object"),
         ('{"a": 1,}', "ds.json:1:9: this is not JSON: Illegal trailing comma before end of object"),
         ("", "ds.json:1:1: this is not JSON: Expecting value"),
         ("\ufeff{}", "ds.json:1:1: this is not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig)"),
         ("[" * 100_000, "ds.json: this JSON is nested too deeply"),
     ],
-    ids=["twice", "twice inside", "nan", "infinity", "list", "comma", "empty", "bom", "deep"],
+    ids=["twice", "twice inside", "nan", "infinity", "overflow", "list", "comma", "empty", "bom", "deep"],
 )
 def test_a_file_is_read_strictly_with_its_place(text: str, said: str) -> None:
     with pytest.raises(PlanError) as refused:
