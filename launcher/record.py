@@ -15,12 +15,14 @@ import heapq
 import json
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import InputError
+from cluster.errors import ClusterError, InputError
 from launcher.events import Event, from_json, to_json
 from launcher.state import RunState, fold
 
@@ -172,7 +174,7 @@ class RunRecord:
 
     def emit(self, event: Event) -> None:
         """Append one event; it is on disk when this returns."""
-        with self._lock:
+        with self._lock, _written(self.folder):
             _make_private(self.folder)
             with (self.folder / "events.jsonl").open("ab") as log:
                 # After a torn line (a full disk, a crash) a new one begins.
@@ -222,9 +224,14 @@ def _lines(path: Path) -> Iterator[tuple[bytes, str, bytes]]:
 def keep_traceback(folder: Path, text: str) -> Path:
     """Append a traceback to the log for bugs; gives back where that is."""
     path = folder / "errors.log"
-    _make_private(folder)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as log:
-        log.write(text + "\n")
+    try:
+        _make_private(folder)
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError:  # that may be the very bug
+        log, name = tempfile.mkstemp(prefix="launcher-errors-")
+        path = Path(name)
+    with os.fdopen(log, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text + "\n")
     return path
 
 
@@ -247,6 +254,23 @@ def plan_from_json(text: str, *, name: str) -> Plan:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a private file so that it is never seen half: beside it, to the disk, then under its name."""
+    with _written(path):
+        _write_whole(path, text)
+
+
+@contextmanager
+def _written(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ClusterError(
+            f"this cannot be written: {error.strerror or error}",
+            where=str(place),
+            next_step="make room there, or set LAUNCHER_STATE to a folder that you can write to",
+        ) from error
+
+
+def _write_whole(path: Path, text: str) -> None:
     _make_private(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     partial.unlink(missing_ok=True)  # of a process that died while it had our number

@@ -191,8 +191,11 @@ def test_a_narrow_and_dumb_terminal_is_enough(call: Shell) -> None:
 
 
 def test_words_that_no_program_can_pass_on_are_refused(call: Shell) -> None:
-    told = call("status", "-c", b"\xff\xfe")
-    assert (told.code, told.out) == (2, "")
+    (call.folder / "cluster.yaml").write_text(INVENTORY)
+    (call.folder / "train.py").touch()
+    for words in (("status", "-c", b"\xff"), ("run", "train.py", b"\xff"), ("run", b"\xff.py")):
+        told = call(*words)
+        assert (told.code, told.out) == (2, "")
 
 
 def test_an_empty_word_names_nothing(call: Shell) -> None:
@@ -212,6 +215,13 @@ def test_debug_shows_where_an_error_comes_from(call: Shell) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("Traceback")
     assert done.stderr.splitlines()[-2].startswith("error: no cluster is named")
+
+
+def test_a_state_that_cannot_be_written_is_one_message(call: Shell) -> None:
+    (call.folder / "cluster.yaml").write_text(INVENTORY)
+    told = call("up", LAUNCHER_STATE=str(call.folder / "cluster.yaml"))
+    assert (told.code, told.out) == (1, "")
+    assert "this cannot be written: Not a directory\n  next: make room there, or set LAUNCHER_STATE" in told.err
 
 
 def test_what_was_mistaken_leaves_no_state(call: Shell) -> None:

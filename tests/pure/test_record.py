@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.errors import InputError
+from cluster.errors import ClusterError, InputError
 from launcher.events import NodeStarted, RunBegan, RunEnded, StageBegan
 from launcher.job import Job, Zero
 from launcher.plan import Plan, make_plan
@@ -100,6 +101,24 @@ def test_a_traceback_is_kept_privately_and_appended(tmp_path: Path) -> None:
     kept = keep_traceback(tmp_path / "state", "first")
     assert keep_traceback(tmp_path / "state", "second") == kept
     assert (kept.read_text(), mode(kept)) == ("first\nsecond\n", 0o600)
+
+
+def test_a_traceback_finds_a_place_even_without_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "state").touch()
+    kept = keep_traceback(tmp_path / "state", "half\ud800")
+    assert (kept.parent, kept.read_text(), mode(kept)) == (tmp_path, "half\\ud800\n", 0o600)
+
+
+def test_a_state_that_cannot_be_written_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "state").touch()
+    path = tmp_path / "state" / "file"
+    with pytest.raises(ClusterError) as caught:
+        write_whole(path, "text")
+    cure = "  next: make room there, or set LAUNCHER_STATE to a folder that you can write to"
+    assert str(caught.value).splitlines() == [f"{path}: this cannot be written: Not a directory", cure]
+    with pytest.raises(ClusterError, match="this cannot be written"):
+        Memory(tmp_path / "state").cluster("lab").run("run-1").emit(BEGAN)
 
 
 # Clusters
