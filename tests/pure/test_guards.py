@@ -185,7 +185,7 @@ COMMANDS = {
     "completion": ("SHELL_NAME",),
 }
 # These show no example yet, and these options say nothing of themselves.
-SILENT = {"ls", "stop", "shell"}
+SILENT = {"ls", "shell"}
 SILENT_OPTIONS = {"init --output", "image build --flavour"}
 
 
