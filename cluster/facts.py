@@ -63,6 +63,7 @@ class DockerFact:
     runtimes: tuple[str, ...] = ()
     rootless: bool = False
     root: str = ""
+    memlock: int | None = None  # bytes a container may lock unless it is given more; None: unlimited, or unknown
     error: str = ""
 
 
@@ -208,6 +209,7 @@ def read_docker(text: str) -> DockerFact:
         runtimes=tuple(sorted(said.get("Runtimes") or ())),
         rootless=any("rootless" in str(option) for option in said.get("SecurityOptions") or ()),
         root=str(said.get("DockerRootDir") or ""),
+        memlock=int(match[1]) if (match := re.search(r"^memlock=(\d+)$", text, re.MULTILINE)) else None,
     )
 
 
@@ -287,7 +289,15 @@ done
     Probe(
         name="docker",
         read=read_docker,
-        text="""[ "$engine" = docker ] && { docker info --format '{{json .}}' || true; }""",
+        # A container inherits its daemon's limits.
+        text="""
+[ "$engine" = docker ] || exit 0
+docker info --format '{{json .}}' || exit 0
+for process in /proc/[0-9]*; do
+  read -r name <"$process/comm" || continue
+  [ "$name" = dockerd ] && sed -n 's/^Max locked memory *[^ ]* *\\([^ ]*\\).*/memlock=\\1/p' "$process/limits"
+done 2>/dev/null
+""",
     ),
     Probe(
         name="routes",

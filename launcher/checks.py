@@ -10,11 +10,13 @@ from cluster.engine import engine_error
 from cluster.errors import PreconditionError
 from cluster.facts import Disk, NodeFacts
 from cluster.inventory import Inventory, Node
-from launcher.plan import choose_address, node_root, slots_of
+from launcher.plan import choose_address, node_root, slots_of, stays_here
 
 GIB = 1024**3
 # Below this a run cannot even write its logs and a small checkpoint.
 LEAST_FREE = 256 * 1024**2
+# What parameter offload pins at DeepSpeed's defaults: 5 buffers of 1e8 elements of 4 bytes.
+LEAST_LOCKED = 2 * 10**9
 SKEW_WARNS, SKEW_REFUSES = 2.0, 300.0
 
 
@@ -59,6 +61,7 @@ def findings(
     if port is not None:
         found += _port(inventory.nodes[0], facts[inventory.nodes[0].name], port)
     if nvme:
+        found += [finding for node in inventory.nodes for finding in _pinned(inventory, node, facts[node.name])]
         found += [
             _error(
                 "nvme-none", node.name, "the job offloads to NVMe, and the node has no such path", "set nvme: [/path]"
@@ -199,7 +202,7 @@ def _clock(_inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Find
 
 def _address(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:
     own = {address for nic in facts.nics for address in nic.addresses}
-    address = choose_address(node, facts, alone=len(inventory.nodes) == 1)
+    address = choose_address(node, facts, alone=stays_here(inventory))
     if own and address not in own and not address.startswith("127."):
         yield _error(
             "address",
@@ -226,6 +229,19 @@ def _port(node: Node, facts: NodeFacts, port: int) -> Iterator[Finding]:
                 f"port {port}, where the processes would meet, is taken{owner}",
                 "use --port auto, or another master_port in the inventory",
             )
+
+
+def _pinned(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:
+    """DeepSpeed pins the buffers through which it swaps; where it may not, it ends with a segmentation fault."""
+    limit = inventory.container.ulimits.get("memlock", facts.docker.memlock)
+    if inventory.engine == "docker" and limit is not None and 0 <= limit < LEAST_LOCKED:
+        yield _warning(
+            "memlock",
+            node.name,
+            f"a process in a container may lock {limit / 1e6:.0f} MB, and offloading to NVMe locks its buffers: "
+            "2 GB for parameters, some times the largest tensor for the optimizer",
+            "set container.ulimits.memlock: -1, or raise dockerd's own limit (LimitMEMLOCK=infinity)",
+        )
 
 
 def _differences(inventory: Inventory, facts: Mapping[str, NodeFacts]) -> Iterator[Finding]:

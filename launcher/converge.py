@@ -13,7 +13,7 @@ from cluster.inventory import Inventory
 from launcher import checks, zero
 from launcher.job import Job
 from launcher.plan import Plan, make_plan
-from launcher.session import Seen, Session, Voice, look
+from launcher.session import Seen, Session, Voice, look, showing
 from launcher.stages.prepare import nodes_up, start_nodes
 from launcher.stages.ship import lacking, ship_image
 
@@ -118,9 +118,9 @@ def _have_image(now: Session, seen: Seen, *, tag: str, dry_run: bool) -> tuple[s
         if dry_run:
             return None, True, (f"build the image {tag}",)
         now.voice.say(f"building {tag}")
-        digest = build_image(here, read_recipe(now.inventory.image, now.inventory.flavour), now.voice.building)
-        now.voice.done()
-        return digest, True, ()
+        recipe = read_recipe(now.inventory.image, now.inventory.flavour)
+        with showing(now.voice):
+            return build_image(here, recipe, now.voice.building), True, ()
     finally:
         here.close()
 
@@ -141,9 +141,8 @@ def _ship(now: Session, seen: Seen, *, tag: str, digest: str, to: Sequence[str])
         rest = [machine for machine in targets if machine not in named]
         if rest:
             now.voice.say(f"sending {tag} to {', '.join(machine.name for machine in rest)}")
-        taken = ship_image(source, rest, tag=tag, digest=digest, progress=now.voice.shipping)
-        now.voice.done()
-        return taken
+        with showing(now.voice):
+            return ship_image(source, rest, tag=tag, digest=digest, progress=now.voice.shipping)
     finally:
         here.close()
 
@@ -170,8 +169,8 @@ def build_here(asked: Mapping[str, object], *, flavour: str, voice: Voice) -> tu
     here = DockerEngine(LocalTransport("this machine"))
     try:
         before = here.image_id(recipe.tag)
-        digest = build_image(here, recipe, voice.building)
-        voice.done()
+        with showing(voice):
+            digest = build_image(here, recipe, voice.building)
         return recipe.tag, digest, before is None
     finally:
         here.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets as random
 import signal
 import time
@@ -141,9 +142,14 @@ def make_run_id(*, clock: Callable[[], float] = time.time) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(clock()))}-{random.token_hex(2)}"
 
 
+_RUN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
+
+
 def choose_run(now: Session, run_id: str | None) -> str:
     """The run that is meant: the named one, the one under way, the newest that is known here."""
     if run_id:
+        if not _RUN.fullmatch(run_id):
+            raise InputError(f"{run_id!r} is no run", next_step="launcher ls shows the runs that are known here")
         return run_id
     live = live_run(find_ours(now))
     runs = now.memory.runs()
@@ -167,6 +173,8 @@ def show_logs(now: Session, run_id: str, *, show: Show, follow: bool) -> None:
         for machine in now.machines
     ]
     each(now.machines, _Finish(now.machines, mirrors), deadline=60)
+    if not any(record.merged()):
+        raise InputError(f"no node has a log of run {run_id}", next_step="launcher ls shows what is known here")
     _print_mirrors(record, show)
 
 

@@ -128,7 +128,7 @@ def _even(nodes: tuple[NodePlan, ...]) -> None:
 
 
 def _node_plan(inventory: Inventory, node: Node, facts: NodeFacts, *, rank: int, run_id: str, code: str) -> NodePlan:
-    address = choose_address(node, facts, alone=len(inventory.nodes) == 1)
+    address = choose_address(node, facts, alone=stays_here(inventory))
     root = node_root(inventory, node, facts)
     host = Paths(
         files=f"{root}/runs/{run_id}/files" if run_id else f"{root}/node",
@@ -187,6 +187,11 @@ def node_root(inventory: Inventory, node: Node, facts: NodeFacts) -> str:
 def slots_of(inventory: Inventory, node: Node, facts: NodeFacts) -> int:
     """How many processes: as the inventory says, or one for every GPU found."""
     return node.slots or (len(facts.gpus) if inventory.accelerator == "cuda" else 1) or 1
+
+
+def stays_here(inventory: Inventory) -> bool:
+    """Whether no training traffic leaves a machine: one node, or this machine several times."""
+    return len(inventory.nodes) == 1 or all(node.transport == "local" for node in inventory.nodes)
 
 
 def choose_address(node: Node, facts: NodeFacts, *, alone: bool = False) -> str:

@@ -41,6 +41,15 @@ class Voice(Protocol):
         """What was being shown as progress is over."""
 
 
+@contextmanager
+def showing(voice: Voice) -> Iterator[None]:
+    """Whatever happens, the progress that was shown is put away."""
+    try:
+        yield
+    finally:
+        voice.done()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """One command's dealings with one cluster."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -18,7 +19,6 @@ from launcher.cli import bring, config, train, watch
 from launcher.cli.options import NAME, launcher
 
 ROOMS = (bring, train, watch, config)  # importing them registers their commands
-EPIPE_CODE = 0  # who closed our output has read enough
 
 
 def main() -> NoReturn:
@@ -40,12 +40,14 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         _leave(130)
-    except BrokenPipeError:
-        # The reader has gone; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(EPIPE_CODE)
     except SystemExit as leaving:
         _leave(leaving.code if isinstance(leaving.code, int) else 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            _unexpected(error, debug=debug)
+        else:
+            click.echo(f"error: this machine cannot take what was to be written: {error}", err=True)
+        _leave(1)
     except Exception as error:  # noqa: BLE001 - the last resort: one line for the user, the rest for the log
         _unexpected(error, debug=debug)
         _leave(1)
@@ -74,8 +76,8 @@ def _unexpected(error: Exception, *, debug: bool) -> None:
 
 def _leave(code: int) -> NoReturn:
     """Leave at once: threads that wait for a dead node must not hold the prompt."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by the caller
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
     os._exit(code)

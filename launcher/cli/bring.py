@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 import click
 
 from cluster.errors import InputError
-from launcher.cli.options import cluster_option, ignore_option, json_option, launcher, load, memory, opened, show_json
+from launcher.cli.options import (
+    cluster_option,
+    grace_option,
+    ignore_option,
+    json_option,
+    launcher,
+    load,
+    memory,
+    opened,
+    show_json,
+)
 
 if TYPE_CHECKING:
     from cluster.inventory import Inventory
@@ -18,7 +28,9 @@ if TYPE_CHECKING:
 
 @launcher.command()
 @click.argument("hosts", nargs=-1, required=True, metavar="[USER@]HOST[:PORT]...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("cluster.yaml"), show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("cluster.yaml"), help="The file.", show_default=True
+)
 @click.option("--name", default="cluster", show_default=True, help="The cluster's name.")
 @click.option("-i", "--identity-file", help="Private key for all hosts.")
 @click.option("--yes", is_flag=True, help="Pin the shown host keys without asking.")
@@ -114,9 +126,9 @@ def up(cluster: str | None, engine: str | None, ignore: tuple[str, ...], *, dry_
 
 @launcher.command()
 @cluster_option
-@click.option("--grace", type=float, default=5.0, show_default=True, metavar="SECONDS", help="Before a run is killed.")
+@grace_option
 @click.argument("name", required=False, metavar="[CLUSTER]")
-def down(cluster: str | None, name: str | None, grace: float) -> None:
+def down(cluster: str | None, name: str | None, grace: int) -> None:
     """Remove every container of the cluster from every node. Checkpoints, data and logs stay.
 
     \b

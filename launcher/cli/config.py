@@ -62,7 +62,7 @@ def image() -> None:
 
 
 @image.command("build")
-@click.option("--flavour", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option("--flavour", type=click.Choice(["cuda", "cpu"]), default="cuda", help="What for.", show_default=True)
 @click.option("--base", help="The image to build on. Default: Debian, from a registry or made of its packages.")
 @click.option("--ca-bundle", type=click.Path(path_type=Path), help="Certificates (PEM) that the build must trust.")
 @click.option("--pip-index", metavar="URL", help="A package index instead of PyPI.")

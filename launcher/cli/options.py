@@ -79,6 +79,18 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
+def grace_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--grace`: how long a run may take to end by itself."""
+    return click.option(
+        "--grace",
+        type=click.IntRange(0, 3600),
+        default=5,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long a run may take to end before it is killed.",
+    )(command)
+
+
 def ignore_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--ignore`: accept a finding."""
     return click.option(

@@ -11,6 +11,7 @@ import click
 from cluster.errors import InputError
 from launcher.cli.options import (
     cluster_option,
+    grace_option,
     ignore_option,
     job_options,
     json_option,
@@ -180,8 +181,8 @@ def attach(cluster: str | None, *, as_json: bool) -> None:
 
 @launcher.command()
 @cluster_option
-@click.option("--grace", type=float, default=5.0, show_default=True, metavar="SECONDS", help="Before it is killed.")
-def stop(cluster: str | None, grace: float) -> None:
+@grace_option
+def stop(cluster: str | None, grace: int) -> None:
     """Stop the run that is under way, in order, on every node.
 
     \b

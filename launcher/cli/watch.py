@@ -37,7 +37,11 @@ def status(cluster: str | None, *, as_json: bool) -> None:
 @launcher.command("ls")
 @json_option
 def list_(*, as_json: bool) -> None:
-    """The clusters and runs that are known on this machine."""
+    """The clusters and runs that are known on this machine.
+
+    \b
+    launcher ls
+    """
     from launcher.views import text
 
     known = memory()
@@ -59,7 +63,7 @@ def list_(*, as_json: bool) -> None:
 @cluster_option
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends; Ctrl-C only leaves.")
 @click.option("--since", default="", metavar="TIME", help="2026-11-23T06:00, or 10m, 2h ago.")
-@click.option("--rank", type=int, help="Only this rank's lines.")
+@click.option("--rank", type=click.IntRange(min=0), help="Only this rank's lines.")
 @click.argument("run_id", required=False, metavar="[RUN]")
 def logs(cluster: str | None, since: str, rank: int | None, run_id: str | None, *, follow: bool) -> None:
     """The merged log of a run; the newest one when none is named.
@@ -106,7 +110,11 @@ def execute_(cluster: str | None, nodes: tuple[str, ...], argv: tuple[str, ...])
 @click.argument("node", required=False)
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="[COMMAND]...")
 def shell(cluster: str | None, node: str | None, argv: tuple[str, ...]) -> None:
-    """A shell in a node's container; in the first node's when none is named."""
+    """A shell in a node's container; in the first node's when none is named.
+
+    \b
+    launcher shell gpu-02
+    """
     from launcher import nodes as machines
 
     with opened(cluster) as now:

@@ -15,9 +15,8 @@ It writes into "out":
              else (never use splitlines). Invalid UTF-8 is replaced; longer lines are cut at 64 KiB; of text that
              is overwritten by a carriage return about one version a second is kept; secrets read `***`.
   exit.json  Written last, atomically: {"run", "node", "machine_rank", "code", "signal", "started", "ended", "stopped",
-             "failures": [{"rank", "local_rank", "exit_code", "signal", "time", "type", "message", "lost_peer"}]},
-             times in seconds since the epoch. The likeliest cause comes first: by time, but after all others those
-             that only report the loss of another rank (lost_peer). Rank null: the launch itself failed.
+             "failures": [{"rank", "local_rank", "exit_code", "signal", "time", "type", "message"}]}, times in
+             seconds since the epoch, failures by time. Rank null: the launch itself failed.
 The same lines go to standard output (`[rank 5] text`) as far as somebody reads it.
 
 SIGTERM or SIGINT asks the job to stop, and kills it after stop_grace seconds; a second one kills it now.
@@ -59,10 +58,6 @@ CONTINUES = 0x80  # the high bits of a UTF-8 byte that is not the first of its c
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # How gloo, NCCL and sockets say that another rank went away. A killed rank's connections may close a moment before
 # its death can be seen, so time alone would blame the survivor.
-LOST_PEER = re.compile(
-    r"Connection (reset|closed) by peer|Broken pipe|remote process exit|[Ss]ocket closed|ncclRemoteError"
-    r"|caused pair closure|Connection refused"
-)
 PR_SET_CHILD_SUBREAPER = 36
 F_SETPIPE_SZ = 1031
 
@@ -508,9 +503,7 @@ def read_failures(folder: Path, *, run: dict[str, Any]) -> list[dict[str, Any]]:
     records = [{**record, **notes.pop(record["rank"], {})} for record in seen]
     first = run["machine_rank"] * run["local_processes"]
     records += [{**failure(time=0.0, local_rank=rank - first), **note} for rank, note in notes.items()]
-    for record in records:
-        record["lost_peer"] = LOST_PEER.search(record["message"]) is not None
-    return sorted(records, key=lambda record: (record["lost_peer"], float(record["time"])))
+    return sorted(records, key=lambda record: float(record["time"]))
 
 
 def failure(
@@ -525,7 +518,6 @@ def failure(
         "time": time,
         "type": kind,
         "message": message,
-        "lost_peer": False,
     }
 
 

@@ -1,4 +1,4 @@
-"""Logs: a node's log mirrored here, byte for byte. The mirror's size is the cursor: nothing lost, nothing repeated."""
+"""Logs: a node's log mirrored here, byte for byte. Its length here is the cursor: nothing lost, nothing repeated."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from contextlib import suppress
 from pathlib import Path
 
 from cluster.command import Command
-from cluster.errors import NodeError, UnreachableError
+from cluster.errors import NodeError
 from cluster.fleet import Machine
 
 RETRY = 1.0  # seconds between two attempts to follow again
+TRIES = 3  # for the rest of a log whose writer has ended
 
 Show = Callable[[str, bytes], None]
 
 
 class Mirror:
-    """One node's log, from its `out` folder to `path`; `show(node, line)` hears every complete line that is new."""
+    """One node's log, from its `out` folder to `path`; `show(node, line)` hears every complete line that is new.
+
+    Every byte is written at its own place, so that several launchers may mirror the same log into the same file.
+    """
 
     def __init__(self, machine: Machine, *, out: str, path: Path, show: Show) -> None:
         self._machine = machine
@@ -28,7 +32,8 @@ class Mirror:
         self._rest = b""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = path
-        self._file = path.open("ab")
+        path.touch()
+        self._have = path.stat().st_size
 
     def start(self) -> None:
         """Begin to follow, beside whatever else is done."""
@@ -43,26 +48,30 @@ class Mirror:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
-        with suppress(UnreachableError):
-            self._machine.transport.stream(self._tail(follow=False), self._take, stop=lambda: False)
+        for _ in range(TRIES):
+            with suppress(NodeError, OSError):
+                self._machine.transport.stream(self._tail(follow=False), self._take, stop=lambda: False)
+                break
         if self._rest:
             self._show(self._machine.name, self._rest)
-        self._file.close()
 
     def _follow(self) -> None:
         while not self._stop.is_set():
-            with suppress(NodeError):
+            # OSError: the disk here is full; what did not fit is asked for again.
+            with suppress(NodeError, OSError):
                 self._machine.transport.stream(self._tail(follow=True), self._take, stop=self._stop.is_set)
-            if not self._stop.is_set():
-                self._stop.wait(RETRY)
+            self._stop.wait(RETRY)
 
     def _tail(self, *, follow: bool) -> Command:
-        start = self._path.stat().st_size + 1
-        return Command(argv=("tail", "-c", f"+{start}", *(("-f",) if follow else ()), self._source))
+        return Command(argv=("tail", "-c", f"+{self._have + 1}", *(("-f",) if follow else ()), self._source))
 
     def _take(self, chunk: bytes) -> None:
-        self._file.write(chunk)
-        self._file.flush()
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        for line in lines:
-            self._show(self._machine.name, line)
+        with self._path.open("r+b", buffering=0) as file:
+            file.seek(self._have)
+            while chunk:
+                written = file.write(chunk)
+                self._have += written
+                *lines, self._rest = (self._rest + chunk[:written]).split(b"\n")
+                for line in lines:
+                    self._show(self._machine.name, line)
+                chunk = chunk[written:]

@@ -35,8 +35,8 @@ def ship_image(
         return {}
     total = source.image_bytes(digest)
     pipes = {machine.name: _Pipe() for machine in machines}
-    reader = threading.Thread(target=_read, args=(source, digest, tuple(pipes.values())), daemon=True)
-    reader.start()
+    broken: list[BaseException] = []
+    threading.Thread(target=_read, args=(source, digest, tuple(pipes.values()), broken), daemon=True).start()
 
     def take(machine: Machine) -> int:
         pipe = pipes[machine.name]
@@ -55,11 +55,19 @@ def ship_image(
             pipe.leave()
         arrived = machine.engine.image_id(digest)
         if arrived != digest:
-            raise ImageError(machine.name, f"the image arrived as {arrived}, not as {digest}")
+            raise ImageError(
+                machine.name,
+                f"the image did not arrive as {digest}",
+                next_step="let all nodes use the same image store (containerd's names images by another digest)",
+            )
         machine.engine.tag(digest, tag)
         return taken
 
-    return each(machines, take).all_or_raise()
+    # All at once, however many they are: who has not begun to take would hold the source up.
+    answers = each(machines, take, width=len(machines))
+    if broken:
+        raise broken[0]  # once, not as every taking node's own
+    return answers.all_or_raise()
 
 
 class _Pipe:
@@ -77,6 +85,11 @@ class _Pipe:
             except queue.Full:
                 continue
 
+    @property
+    def is_left(self) -> bool:
+        """Whether nobody takes any more."""
+        return self._left.is_set()
+
     def leave(self) -> None:
         """The taking side is gone."""
         self._left.set()
@@ -88,14 +101,16 @@ class _Pipe:
             yield chunk
 
 
-def _read(source: Engine, digest: str, pipes: tuple[_Pipe, ...]) -> None:
+def _read(source: Engine, digest: str, pipes: tuple[_Pipe, ...], broken: list[BaseException]) -> None:
+    end: BaseException | None = None
     try:
         for chunk in source.save(digest):
             for pipe in pipes:
                 pipe.put(chunk)
+            if all(pipe.is_left for pipe in pipes):
+                return
     except BaseException as error:  # noqa: BLE001 - every taking side must hear of it
-        for pipe in pipes:
-            pipe.put(error)
-        return
+        broken.append(error)
+        end = error
     for pipe in pipes:
-        pipe.put(None)
+        pipe.put(end)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.command import Command
 from cluster.container import Container
-from cluster.errors import EngineError, Interrupted, NodeError, UnreachableError
+from cluster.errors import EngineError, Interrupted, NodeError
 from cluster.fleet import Machine, each
 from launcher import render
 from launcher.events import Emit, Failure, NodeEnded, RunEnded, StageBegan
@@ -56,34 +58,48 @@ def watch(
     second one ends it at once; else Ctrl-C raises `Detached`. The containers are removed at the end.
     """
     ends: dict[str, NodeEnded] = {}
-    arrivals: queue.Queue[NodeEnded] = queue.Queue()
+    arrivals: queue.SimpleQueue[NodeEnded | BaseException | None] = queue.SimpleQueue()
     followers = [Mirror(part.machine, out=part.out, path=part.mirror, show=show) for part in parts]
-    for part, follower in zip(parts, followers, strict=True):
-        threading.Thread(target=_await, args=(part, follower, arrivals, clock), daemon=True).start()
-    stopping = interrupted = 0
-    while len(ends) < len(parts):
-        try:
-            end = arrivals.get(timeout=0.2)
-        except queue.Empty:
-            continue
-        except KeyboardInterrupt:
-            if not own:
+    stopping = by_user = False
+    interrupts = 0
+    with _interrupts(arrivals):
+        for part, follower in zip(parts, followers, strict=True):
+            threading.Thread(target=_await, args=(part, follower, arrivals, clock), daemon=True).start()
+        while len(ends) < len(parts):
+            arrived = arrivals.get()
+            if isinstance(arrived, BaseException):
+                raise arrived
+            if arrived is None and not own:
                 for follower in followers:
                     follower.leave()
-                raise Detached from None
-            interrupted += 1
-            if interrupted == 1:
-                emit(StageBegan(time=clock(), stage="stop"))
-            stopping += 1
-            _stop(parts, ends, grace=render.STOP_GRACE if interrupted == 1 else 0)
-            continue
-        ends[end.node] = end
-        emit(end)
-        if end.code != 0 and not stopping:
-            stopping += 1
-            _stop(parts, ends, grace=render.STOP_GRACE)
+                raise Detached
+            if arrived is None:
+                interrupts += 1
+                if interrupts == 1:
+                    emit(StageBegan(time=clock(), stage="stop"))
+                by_user = by_user or not stopping
+                stopping = True
+                _stop(parts, ends, grace=render.STOP_GRACE if interrupts == 1 else 0)
+                continue
+            ends[arrived.node] = arrived
+            emit(arrived)
+            if arrived.code != 0 and not stopping:
+                stopping = True
+                _stop(parts, ends, grace=render.STOP_GRACE)
     _clear(parts)
-    return _verdict(ends, interrupted=bool(interrupted), now=clock())
+    return _verdict(ends, interrupted=by_user, now=clock())
+
+
+@contextmanager
+def _interrupts(arrivals: queue.SimpleQueue[NodeEnded | BaseException | None]) -> Iterator[None]:
+    """Ctrl-C arrives as None, like everything else that happens: so it comes at no wrong moment."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda _number, _frame: arrivals.put(None))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _verdict(ends: Mapping[str, NodeEnded], *, interrupted: bool, now: float) -> RunEnded:
@@ -101,14 +117,16 @@ def _stop(parts: Sequence[Watched], ends: Mapping[str, NodeEnded], *, grace: flo
     """Ask those that still run to end, all at once; their waiting threads will see the end."""
     for part in parts:
         if part.machine.name not in ends:
-            threading.Thread(target=_stop_one, args=(part, grace), daemon=True).start()
+            threading.Thread(target=_stop_one, args=(part, ends, grace), daemon=True).start()
 
 
-def _stop_one(part: Watched, grace: float) -> None:
-    try:
-        part.machine.engine.stop(part.container, grace=grace)
-    except NodeError:
-        return  # unreachable: the waiting thread knows, and says so
+def _stop_one(part: Watched, ends: Mapping[str, NodeEnded], grace: float) -> None:
+    while part.machine.name not in ends:
+        try:
+            part.machine.engine.stop(part.container, grace=grace)
+            return
+        except NodeError:
+            time.sleep(RETRY)  # not to be reached just now: the waiting thread gives it up, or it comes back
 
 
 def _clear(parts: Sequence[Watched]) -> None:
@@ -123,85 +141,95 @@ class _Clear:
         machine.engine.remove(self._ids[machine.name])
 
 
-def _await(part: Watched, follower: Mirror, arrivals: queue.Queue[NodeEnded], clock: Callable[[], float]) -> None:
+def _await(
+    part: Watched,
+    follower: Mirror,
+    arrivals: queue.SimpleQueue[NodeEnded | BaseException | None],
+    clock: Callable[[], float],
+) -> None:
     follower.start()
-    silent_since: float | None = None
+    try:
+        arrivals.put(_end_of(part, follower, clock))
+    except BaseException as error:  # noqa: BLE001 - a bug: it must be heard of, or the watch would wait for ever
+        arrivals.put(error)
+
+
+def _end_of(part: Watched, follower: Mirror, clock: Callable[[], float]) -> NodeEnded:
+    engine, silent_since = part.machine.engine, None
     while True:
         try:
-            ended = part.machine.engine.wait(part.container)
+            if silent_since is not None:
+                engine.version()  # it answers again: this silence is over
+                silent_since = None
+            end = _read_end(part, engine.wait(part.container), clock())
             follower.finish()
-            arrivals.put(_read_end(part, ended, clock()))
-            return
-        except UnreachableError as error:
+            return end
+        except NodeError as error:
             now = time.monotonic()
             silent_since = silent_since or now
-            if now - silent_since > GRACE:
-                follower.leave()
-                lost = f"lost: {error.what}, silent for {GRACE:.0f} s"
-                arrivals.put(NodeEnded(time=clock(), node=part.machine.name, code=1, lost=lost))
-                return
-            time.sleep(RETRY)
-        except EngineError as error:
             # The engine itself went away (restarted, removed): the container may be gone for good.
-            gone = _gone(part)
-            if gone is None:
+            gone = _gone(part, clock()) if isinstance(error, EngineError) else None
+            if gone is None and now - silent_since <= GRACE:
                 time.sleep(RETRY)
-                silent_since = silent_since or time.monotonic()
-                if time.monotonic() - silent_since <= GRACE:
-                    continue
-            follower.finish()
-            arrivals.put(gone or NodeEnded(time=clock(), node=part.machine.name, code=1, lost=f"lost: {error.what}"))
-            return
+                continue
+            if isinstance(error, EngineError):
+                follower.finish()
+            follower.leave()
+            lost = f"lost: {error.what}, silent for {GRACE:.0f} s"
+            return gone or NodeEnded(time=clock(), node=part.machine.name, code=1, lost=lost)
 
 
-def _gone(part: Watched) -> NodeEnded | None:
+def _gone(part: Watched, now: float) -> NodeEnded | None:
     """How the run ended here when its container is no longer there; None while that cannot be said."""
     try:
-        exit_json = part.machine.transport.run(Command(argv=("cat", f"{part.out}/exit.json")), timeout=10)
-        if exit_json.ok:
-            return read_exit(part.machine.name, exit_json.text, now=time.time())
+        end = read_exit(part.machine.name, _exit_json(part), now=now)
+        if end:
+            return end
         found = part.machine.engine.find({})
     except NodeError:
         return None
     if any(one.id == part.container for one in found):
         return None
-    return NodeEnded(time=time.time(), node=part.machine.name, code=137, stopped=True)
+    return NodeEnded(time=now, node=part.machine.name, code=137, stopped=True)
 
 
 def _read_end(part: Watched, ended: Container, now: float) -> NodeEnded:
-    said = part.machine.transport.run(Command(argv=("cat", f"{part.out}/exit.json")), timeout=10)
-    end = read_exit(part.machine.name, said.text, now=now, code=ended.code or 0, oom=ended.oom)
-    if said.ok or end.code == 0:
+    code = 1 if ended.code is None else ended.code
+    end = read_exit(part.machine.name, _exit_json(part), now=now, code=code, oom=ended.oom)
+    if end:
         return end
     # The agent itself did not live to say it: what the container printed last is all there is.
-    last = part.machine.engine.logs(part.container, tail=3).strip().splitlines()
-    return NodeEnded(
-        time=now, node=end.node, code=end.code, oom=end.oom, lost=f"exit {end.code}: {last[-1]}" if last else ""
-    )
+    last = part.machine.engine.logs(part.container, tail=3).strip().splitlines() if code else []
+    lost = f"exit {code}: {last[-1]}" if last else ""
+    return NodeEnded(time=now, node=part.machine.name, code=code, oom=ended.oom, lost=lost)
 
 
-def read_exit(node: str, text: str, *, now: float, code: int | None = None, oom: bool = False) -> NodeEnded:
-    """The agent's exit.json as an event; `code` and `oom` are the engine's own word."""
+def _exit_json(part: Watched) -> str:
+    return part.machine.transport.run(Command(argv=("cat", f"{part.out}/exit.json")), timeout=10).text
+
+
+def read_exit(node: str, text: str, *, now: float, code: int | None = None, oom: bool = False) -> NodeEnded | None:
+    """The agent's exit.json as an event, None where it is missing or torn; `code` and `oom` are the engine's word."""
     try:
         said = json.loads(text)
-    except ValueError:
-        said = {}
-    failures = tuple(
-        Failure(
-            rank=one.get("rank"),
-            exit_code=int(one.get("exit_code") or 1),
-            signal=one.get("signal"),
-            time=float(one.get("time") or 0),
-            type=one.get("type"),
-            message=str(one.get("message") or ""),
+        failures = tuple(
+            Failure(
+                rank=one.get("rank"),
+                exit_code=int(one.get("exit_code") or 1),
+                signal=one.get("signal"),
+                time=float(one.get("time") or 0),
+                type=one.get("type"),
+                message=str(one.get("message") or ""),
+            )
+            for one in said.get("failures") or ()
         )
-        for one in said.get("failures") or ()
-    )
-    return NodeEnded(
-        time=now,
-        node=node,
-        code=int(said.get("code") or 0) if code is None else code,
-        oom=oom,
-        stopped=bool(said.get("stopped")),
-        failures=failures,
-    )
+        return NodeEnded(
+            time=now,
+            node=node,
+            code=int(said["code"]) if code is None else code,
+            oom=oom,
+            stopped=bool(said.get("stopped")),
+            failures=failures,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return None

@@ -100,7 +100,6 @@ if os.environ["RANK"] == "1":
         "signal": None,
         "type": "ValueError",
         "message": "the second rank\nfails",
-        "lost_peer": False,
     }
 
 

@@ -264,6 +264,26 @@ def test_swapping_to_nvme_needs_a_path_on_every_node() -> None:
     assert found_of(given.inventory(nodes=2, defaults={"nvme": [given.NVME]}), known, nvme=True) == []
 
 
+@pytest.mark.parametrize(
+    ("ulimits", "inherited", "warned"),
+    [
+        ({"stack": 1}, 8 << 20, True),
+        ({"stack": 1}, None, False),
+        ({}, 8 << 20, False),
+        ({"memlock": 65536}, None, True),
+    ],
+)
+def test_swapping_to_nvme_needs_memory_that_may_be_locked(
+    ulimits: dict[str, int], inherited: int | None, *, warned: bool
+) -> None:
+    container = {"ulimits": ulimits} if ulimits else {}
+    inventory = given.inventory(nodes=1, defaults={"nvme": [given.NVME]}, container=container)
+    known = given.all_facts(inventory, docker=replace(given.facts().docker, memlock=inherited))
+    found = [one.id for one in findings(inventory, known, nvme=True)]
+    assert found == (["memlock"] if warned else [])
+    assert findings(inventory, known) == ()
+
+
 def test_nodes_of_two_architectures_cannot_share_an_image() -> None:
     inventory = given.inventory(nodes=2)
     known = given.all_facts(inventory)
@@ -356,7 +376,7 @@ def test_every_finding_that_the_code_knows_has_its_test_here() -> None:
         and call.func.id in ("_error", "_warning")
         and isinstance(call.args[0], ast.Constant)
     }
-    others = {"address", "port-busy", "nvme-none", "arch-differs", "driver-differs"}
+    others = {"address", "port-busy", "nvme-none", "memlock", "arch-differs", "driver-differs"}
     assert named == {expected[0] for _, _, expected in TABLE.values()} | others
 
 
