@@ -29,7 +29,8 @@ import yaml
 
 from tests.testbed import lab as testbed
 
-FIRST = "import os, time\nprint('first', os.environ['RANK'], time.time(), flush=True)\n"
+# One write for the whole line: the peer's ranks share a pipe.
+FIRST = "import os, time\nos.write(1, f\"first {os.environ['RANK']} {time.time()}\\n\".encode())\n"
 BY_HAND = """
 import runpy, sys
 from accelerate import PartialState

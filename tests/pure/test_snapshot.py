@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -344,12 +345,20 @@ def test_special_files_are_left_out_with_a_note(plain: Path, monkeypatch: pytest
     assert snapshot.skipped == ("door is a socket; it was left out", "pipe is a FIFO; it was left out")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
-    write(folder, "secret.key")
-    (folder / "secret.key").chmod(0)
-    with pytest.raises(InputError) as caught:
-        take(folder)
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place).resolve()
+        folder.chmod(0o755)
+        write(folder, "secret.key")
+        (folder / "secret.key").chmod(0)
+        before = os.geteuid()
+        if before == 0:  # root reads everything
+            os.seteuid(65534)
+        try:
+            with pytest.raises(InputError) as caught:
+                take(folder)
+        finally:
+            os.seteuid(before)
     assert str(caught.value) == (
         f"{folder}/secret.key: cannot be read: Permission denied\n"
         "  next: make it readable, or name it in .launcherignore"
