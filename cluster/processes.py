@@ -9,16 +9,21 @@ There is no isolation: mounts are not needed, since the job sees this machine's 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,8 +34,11 @@ from cluster.errors import EngineError, ImageError, LockedError
 IMAGE = "process"
 # What a job needs of the environment; their versions are the identity of the "image".
 _PACKAGES = ("torch", "accelerate", "deepspeed", "transformers")
-# Every process of a container carries this variable with the folder's name: so none of ours is lost, none else hit.
+# Every process of a container carries this variable with its id: so none of ours is lost, none else hit.
 _MARK = "LAUNCHER_CONTAINER"
+_HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# A folder that vanishes while we read it, or holds something else.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "USER", "LOGNAME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 
 
@@ -57,7 +65,8 @@ class ProcessEngine:
                 f"this Python has no {error.name}, which a job without Docker needs",
                 next_step=f"{sys.executable} -m pip install 'launcher[local]'",
             ) from error
-        return "sha256:" + hashlib.sha256("\n".join([sys.version, sys.prefix, *versions]).encode()).hexdigest()
+        digest = "sha256:" + hashlib.sha256("\n".join([sys.version, sys.prefix, *versions]).encode()).hexdigest()
+        return digest if name in (IMAGE, digest) else None
 
     def image_bytes(self, name: str) -> int:  # noqa: ARG002 - the seam's
         return 0
@@ -89,39 +98,56 @@ class ProcessEngine:
     # Containers: folders and keepers
 
     def create(self, spec: ContainerSpec) -> str:
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = self._root / spec.name
-        try:
-            folder.mkdir(mode=0o700)
-        except FileExistsError:
-            raise LockedError(f"a container named {spec.name} is already there", where=f"node {self.node}") from None
-        _write(folder / "spec.json", _spec_to_json(spec))
-        return spec.name
+        with self._translated("create"):
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Made beside its name and then renamed: none is ever seen half, and of many only one gets the name. Below
+            # the name a folder that no other container ever has: who holds an old id does not hit its successor.
+            fresh = Path(tempfile.mkdtemp(prefix=".", dir=self._root))
+            folder = fresh / secrets.token_hex(4)
+            folder.mkdir()
+            _write(folder / "spec.json", _spec_to_json(spec))
+            try:
+                fresh.rename(self._root / spec.name)
+            except OSError as error:
+                shutil.rmtree(fresh)
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                raise LockedError(
+                    f"a container named {spec.name} is already there", where=f"node {self.node}"
+                ) from None
+        return f"{spec.name}/{folder.name}"
 
     def start(self, container: str) -> None:
         folder = self._root / container
-        spec = _spec_from_json(_read(folder / "spec.json"))
-        if spec.secrets_dir:
-            Path(spec.secrets_dir).mkdir(mode=0o700)
-        with (folder / "log").open("ab") as log:
-            keeper = subprocess.Popen(
-                [sys.executable, "-m", "cluster.processes", str(folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=_environment(spec, container),
-                # From beside the package, so that it is found whatever the job's own folder holds.
-                cwd=Path(__file__).parents[1],
-            )
-        _write(folder / "keeper.json", {"pid": keeper.pid, "born": _born(keeper.pid), "started": time.time()})
+        with self._translated("start"):
+            spec = _load(folder)
+            if spec.secrets_dir:
+                Path(spec.secrets_dir).mkdir(mode=0o700)
+            with (folder / "log").open("ab") as log:
+                keeper = subprocess.Popen(
+                    [sys.executable, "-m", "cluster.processes", str(folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=_environment(spec, container),
+                    # From beside the package, so that it is found whatever the job's own folder holds.
+                    cwd=Path(__file__).parents[1],
+                )
+        # It writes down itself that it is there: whoever dies now, a living keeper can be found.
+        while not (folder / "keeper.json").exists():
+            if keeper.poll() is not None:
+                raise EngineError(
+                    self.node, f"the container {container} does not start", detail=(self.logs(container, tail=3),)
+                )
+            time.sleep(0.01)
         # The keeper outlives us by design: that nobody waits for it here is no mistake to be warned of.
         keeper.returncode = 0
 
     def find(self, labels: Mapping[str, str]) -> tuple[Container, ...]:
-        if not self._root.is_dir():
-            return ()
-        seen = (self._seen(folder) for folder in sorted(self._root.iterdir()))
+        # A name that begins with a dot is one that is being made or removed: `glob` passes it over.
+        found = glob("*/*", root_dir=self._root)  # noqa: PTH207 - Path.glob fails when a folder goes while it looks
+        seen = (self._seen(self._root / one) for one in sorted(found))
         return tuple(one for one in seen if one and _carries(one.labels, labels))
 
     def wait(self, container: str) -> Container:
@@ -151,18 +177,14 @@ class ProcessEngine:
         if not folder.is_dir():
             return
         self._kill(container)
-        try:
-            secrets = _spec_from_json(_read(folder / "spec.json")).secrets_dir
-        except (OSError, ValueError, KeyError):
-            secrets = None
-        if secrets:
-            shutil.rmtree(secrets, ignore_errors=True)
+        with suppress(*_UNREADABLE):
+            _forget_secrets(_load(folder))
         # Renamed first, so that a half-removed one is never taken for a container.
-        gone = folder.with_name(f".{container}.{os.getpid()}")
-        try:
+        gone = tempfile.mkdtemp(prefix=".", dir=self._root)
+        with suppress(FileNotFoundError):  # somebody else was faster
             folder.rename(gone)
-        except FileNotFoundError:
-            return
+        with suppress(OSError):  # its name is free; or taken again
+            folder.parent.rmdir()
         shutil.rmtree(gone, ignore_errors=True)
 
     def logs(self, container: str, *, tail: int) -> str:
@@ -172,54 +194,51 @@ class ProcessEngine:
             return ""
 
     def execute(self, container: str, command: Command) -> Result:
-        spec = _spec_from_json(_read(self._root / container / "spec.json"))
-        done = subprocess.run(
-            list(command.argv),
-            input=command.stdin,
-            capture_output=True,
-            env=_environment(spec, container),
-            cwd=spec.workdir,
-            check=False,
-        )
-        return Result(code=done.returncode, stdout=done.stdout, stderr=done.stderr)
+        seen = self._seen(self._root / container)
+        if seen is None or not seen.is_live:
+            return Result(code=1, stdout=b"", stderr=f"the container {container} is not running\n".encode())
+        with self._translated("execute"):
+            spec = _load(self._root / container)
+        try:
+            done = subprocess.run(
+                list(command.argv),
+                input=command.stdin,
+                capture_output=True,
+                env=_environment(spec, container),
+                cwd=spec.workdir,
+                check=False,
+            )
+        except OSError as error:
+            return Result(code=127, stdout=b"", stderr=f"{error}\n".encode())
+        return Result(code=_shell_code(done.returncode), stdout=done.stdout, stderr=done.stderr)
 
     def interactive(self, container: str, argv: tuple[str, ...], *, tty: bool) -> Command:  # noqa: ARG002 - the seam's
-        spec = _spec_from_json(_read(self._root / container / "spec.json"))
+        with self._translated("enter"):
+            spec = _load(self._root / container)
         variables = (f"{key}={value}" for key, value in _environment(spec, container).items())
         return Command(argv=("env", "-C", spec.workdir or "/", *variables, *argv))
 
     def close(self) -> None:
         pass
 
+    @contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except _UNREADABLE as error:
+            raise EngineError(self.node, f"cannot {doing} the container: {error}") from error
+
     def _kill(self, container: str) -> None:
-        """End every process of the container; those that are born meanwhile too."""
-        for _ in range(50):
-            members = [*_members(container), *filter(None, [_keeper(self._root / container)])]
-            if not members:
-                return
-            for pid in members:
-                _signal(pid, signal.SIGKILL)
-            time.sleep(0.02)
+        _end_all(container, _keeper(self._root / container))
 
     def _seen(self, folder: Path) -> Container | None:
         try:
-            spec = _spec_from_json(_read(folder / "spec.json"))
-        except (OSError, ValueError, KeyError):
+            spec = _load(folder)
+            state, code, started = _life(folder)
+        except _UNREADABLE:  # removed while we look
             return None
-        state, code, started = ContainerState.CREATED, None, None
-        if (folder / "keeper.json").exists():
-            kept = _read(folder / "keeper.json")
-            started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(float(str(kept["started"]))))
-            if (folder / "exit.json").exists():
-                state, code = ContainerState.ENDED, int(str(_read(folder / "exit.json")["code"]))
-            elif _keeper(folder):
-                state = ContainerState.RUNNING
-            else:
-                # The keeper may have written its last word between the two looks.
-                last = _read(folder / "exit.json") if (folder / "exit.json").exists() else {"code": 137}
-                state, code = ContainerState.ENDED, int(str(last["code"]))
         return Container(
-            id=folder.name,
+            id=f"{folder.parent.name}/{folder.name}",
             name=spec.name,
             image=spec.image,
             state=state,
@@ -227,6 +246,17 @@ class ProcessEngine:
             code=code,
             started=started,
         )
+
+
+def _life(folder: Path) -> tuple[ContainerState, int | None, str | None]:
+    """State, exit code and start. The keeper's last word is written before it ends, so it is looked for after it."""
+    if not (folder / "keeper.json").exists():
+        return ContainerState.CREATED, None, None
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(float(str(_read(folder / "keeper.json")["started"]))))
+    alive = _keeper(folder)
+    if (folder / "exit.json").exists():
+        return ContainerState.ENDED, int(str(_read(folder / "exit.json")["code"])), started
+    return (ContainerState.RUNNING, None, started) if alive else (ContainerState.ENDED, 137, started)
 
 
 def _carries(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
@@ -251,6 +281,17 @@ def _members(container: str) -> list[int]:
         except (OSError, ValueError):
             continue
     return [pid for pid in found if pid != os.getpid()]
+
+
+def _end_all(container: str, *others: int) -> None:
+    """End every process of the container; those that are born meanwhile too."""
+    for _ in range(50):
+        members = [*_members(container), *(pid for pid in others if pid and _born(pid))]
+        if not members:
+            return
+        for pid in members:
+            _signal(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def _keeper(folder: Path) -> int:
@@ -301,6 +342,20 @@ def _spec_from_json(said: Mapping[str, object]) -> ContainerSpec:
     return ContainerSpec(**values)  # type: ignore[arg-type]
 
 
+def _load(folder: Path) -> ContainerSpec:
+    return _spec_from_json(_read(folder / "spec.json"))
+
+
+def _forget_secrets(spec: ContainerSpec) -> None:
+    if spec.secrets_dir:
+        shutil.rmtree(spec.secrets_dir, ignore_errors=True)
+
+
+def _shell_code(code: int) -> int:
+    """Python's way to tell of a signal, as a shell tells it."""
+    return code if code >= 0 else 128 - code
+
+
 def _read(path: Path) -> dict[str, object]:
     said = json.loads(path.read_text())
     return said if isinstance(said, dict) else {}
@@ -317,15 +372,35 @@ def keep(folder: Path) -> int:
     if sys.platform == "linux":
         # PR_SET_CHILD_SUBREAPER: orphans of the program become ours, as they would become tini's in a container.
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-    spec = _spec_from_json(_read(folder / "spec.json"))
-    program = subprocess.Popen(list(spec.argv), cwd=spec.workdir, start_new_session=True)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda got, _frame: _signal(program.pid, signal.Signals(got)))
-    code = program.wait()
-    for pid in _members(folder.name):
-        _signal(pid, signal.SIGKILL)
-    _write(folder / "exit.json", {"code": code if code >= 0 else 128 - code, "ended": time.time()})
+    spec = _load(folder)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HANDED_ON)  # until there is somebody to hand them on to
+    _write(folder / "keeper.json", {"pid": os.getpid(), "born": _born(os.getpid()), "started": time.time()})
+    try:
+        code = _run(spec)
+    except OSError as error:
+        sys.stderr.write(f"{error}\n")
+        code = 127
+    _end_all(os.environ[_MARK])
+    _forget_secrets(spec)
+    _write(folder / "exit.json", {"code": _shell_code(code), "ended": time.time()})
     return 0
+
+
+def _run(spec: ContainerSpec) -> int:
+    program = subprocess.Popen(
+        list(spec.argv),
+        cwd=spec.workdir,
+        start_new_session=True,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON),  # noqa: PLW1509 - one thread only
+    )
+    for number in _HANDED_ON:
+        signal.signal(number, lambda got, _frame: _signal(program.pid, signal.Signals(got)))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)
+    while program.returncode is None:
+        pid, status = os.wait()  # the program, or an orphan that became ours
+        if pid == program.pid:
+            program.returncode = os.waitstatus_to_exitcode(status)
+    return program.returncode
 
 
 if __name__ == "__main__":
