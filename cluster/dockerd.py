@@ -15,8 +15,10 @@ from typing import Any, BinaryIO
 
 import docker
 import requests
+import urllib3
 from docker.transport.sshconn import SSHConnection, SSHConnectionPool, SSHHTTPAdapter
 from docker.types import DeviceRequest, LogConfig, Mount, Ulimit
+from docker.utils import parse_repository_tag
 
 from cluster.command import Command, Result
 from cluster.container import FOREIGN_STATES, Container, ContainerSpec, ContainerState
@@ -28,6 +30,17 @@ _URL = "http://docker.invalid"
 _CHUNK = 1024**2
 # The oldest API that has everything we use (Docker 19.03, podman 3); the real version is agreed on at first use.
 _API = "1.40"
+# Seconds in which an engine takes in not even one chunk of an archive: it hangs.
+_STALLED = 300.0
+# What the SDK lets through: its own errors, those of the libraries below it, and those of the channel.
+_FOREIGN = (
+    docker.errors.DockerException,
+    docker.errors.StreamParseError,
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    OSError,
+    EOFError,
+)
 
 
 class _Connection(SSHConnection):  # type: ignore[misc]
@@ -120,7 +133,7 @@ class DockerEngine:
         network: str | None,
         tell: Callable[[Mapping[str, object]], None],
     ) -> str:
-        with self._translated("build"):
+        with self._translated("build", ImageError):
             messages = self._client.build(
                 fileobj=context,
                 custom_context=True,
@@ -143,7 +156,7 @@ class DockerEngine:
 
     def import_base(self, rootfs: BinaryIO, *, tag: str) -> str:
         """Make a base image of a root file system archive."""
-        with self._translated("import"):
+        with self._translated("import", ImageError):
             self._client.import_image(src=rootfs, repository=tag.rpartition(":")[0], tag=tag.rpartition(":")[2])
         return self._must_have(tag)
 
@@ -157,16 +170,20 @@ class DockerEngine:
         return True
 
     def save(self, name: str) -> Iterator[bytes]:
-        with self._translated("save"):
-            yield from self._client.get_image(name, chunk_size=_CHUNK)
+        with self._translated("save", ImageError):
+            # Not get_image: the engine first lays the whole archive down on its disk, longer than the client waits.
+            url = self._client._url("/images/{0}/get", name)  # noqa: SLF001
+            with self._client._get(url, stream=True, timeout=None) as response:  # noqa: SLF001
+                self._client._raise_for_status(response)  # noqa: SLF001
+                yield from response.iter_content(_CHUNK)
 
     def load(self, chunks: Iterable[bytes]) -> None:
-        with self._translated("load"):
-            response = self._client._post(  # noqa: SLF001 - load_image has no way to wait longer than the client's timeout
+        with self._translated("load", ImageError):
+            response = self._client._post(  # noqa: SLF001 - load_image waits no longer than the client's timeout
                 self._client._url("/images/load"),  # noqa: SLF001
                 data=iter(chunks),
                 params={"quiet": True},
-                timeout=None,
+                timeout=(_STALLED, None),
             )
             self._client._raise_for_status(response)  # noqa: SLF001
             for line in response.text.splitlines():
@@ -175,8 +192,8 @@ class DockerEngine:
                     raise ImageError(self.node, f"the image does not load: {said['error']}")
 
     def tag(self, image: str, name: str) -> None:
-        repository, _, version = name.rpartition(":")
-        with self._translated("tag"):
+        repository, version = parse_repository_tag(name)
+        with self._translated("tag", ImageError):
             self._client.tag(image, repository, version, force=True)
 
     def _must_have(self, name: str) -> str:
@@ -213,7 +230,10 @@ class DockerEngine:
     def wait(self, container: str) -> Container:
         with self._translated("wait"):
             self._client.wait(container, timeout=None)
-            return _inspected(self._client.inspect_container(container))
+            said = self._client.inspect_container(container)
+        if said["State"]["Status"] in ("removing", "dead"):  # it did not end by itself
+            raise EngineError(self.node, f"the container {container} was removed")
+        return _inspected(said)
 
     def stop(self, container: str, *, grace: float) -> None:
         with self._translated("stop"):
@@ -301,24 +321,31 @@ class DockerEngine:
         )
 
     @contextmanager
-    def _translated(self, doing: str) -> Iterator[None]:
+    def _translated(self, doing: str, kind: type[EngineError] = EngineError) -> Iterator[None]:
         try:
             yield
         except docker.errors.APIError as error:
-            raise EngineError(self.node, f"Docker refuses to {doing}: {error.explanation or error}") from error
-        except (docker.errors.DockerException, requests.RequestException, OSError, EOFError) as error:
+            raise kind(self.node, f"Docker refuses to {doing}: {error.explanation or error}") from error
+        except _FOREIGN as error:
             raise self._silent(doing, error) from error
 
     def _silent(self, doing: str, error: Exception) -> EngineError | UnreachableError:
         """Why the engine does not answer, asked of its own client: it sees permissions, we an end of file."""
+        hangs = isinstance(error, requests.Timeout)
+        # Whether it is the engine that hangs, or the machine: that the client cannot say.
+        ask = Command(argv=("true",) if hangs else ("docker", "version", "--format", "{{.Server.Version}}"))
         try:
-            said = self._transport.run(
-                Command(argv=("docker", "version", "--format", "{{.Server.Version}}")), timeout=10
-            )
+            said = self._transport.run(ask, timeout=10)
         except UnreachableError as gone:
             return gone
         except CommandError:
             return EngineError(self.node, f"Docker does not answer ({doing}): {error}")
+        if hangs:
+            return EngineError(
+                self.node,
+                f"the Docker engine hangs: no answer within {self._timeout:g} s ({doing})",
+                next_step="on the node: sudo systemctl restart docker; journalctl -u docker says more",
+            )
         return engine_error(self.node, "" if said.ok else " ".join(said.tail(1))) or EngineError(
             self.node, f"Docker broke off ({doing}): {error}", next_step="look at the engine's own log on the node"
         )
