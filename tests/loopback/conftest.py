@@ -11,6 +11,7 @@ import pytest
 
 from cluster.ssh import Limits, SshTransport, scan_host_keys
 from cluster.trust import Address, pin
+from tests.loopback.images import swept, tiny  # noqa: F401 - fixtures
 from tests.loopback.sshd import SSHD, Sshd, make_key, running_sshd
 
 # Long enough for a busy machine: where a test waits for a limit to pass, it sets its own.

@@ -1,0 +1,109 @@
+"""A tiny image made of this machine's own busybox, so that no test needs a registry; and what is ours on the engine.
+
+Everything that a session of tests makes carries a label of its own, and is removed by it; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LABEL = "launcher.test"
+IMAGE_LABEL = "launcher.test.image"  # another one: a container inherits its image's labels
+VOLUME = "/volume"  # the image declares it, as many a user's base image does
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tiny:
+    """The image, and the mark under which everything of this session of tests is found."""
+
+    mark: str
+    tag: str
+    digest: str
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Iterator[Tiny]:
+    """An image of some 3 MB with a shell; a container of it needs 0.3 s."""
+    if docker("version", check=False).returncode:
+        pytest.skip("there is no Docker engine here")
+    mark = f"{os.getpid()}-{secrets.token_hex(3)}"
+    tag = f"launcher-test/tiny:{mark}"
+    try:
+        docker("import", "-c", f"LABEL {IMAGE_LABEL}={mark}", "-c", f"VOLUME {VOLUME}", "-", tag, stdin=rootfs())
+        yield Tiny(mark=mark, tag=tag, digest=inspect(tag)["Id"])
+    finally:
+        sweep(mark)
+        for image in docker("images", "-aq", "--no-trunc", "--filter", f"label={IMAGE_LABEL}={mark}").stdout.split():
+            docker("rmi", "-f", image.decode(), check=False)
+
+
+@pytest.fixture
+def swept(tiny: Tiny) -> Iterator[Tiny]:
+    """The image; what a test made of it is gone afterwards."""
+    yield tiny
+    sweep(tiny.mark)
+
+
+def sweep(mark: str) -> None:
+    """Remove the containers that carry a mark."""
+    if left := docker("ps", "-aq", "--filter", f"label={LABEL}={mark}").stdout.decode().split():
+        docker("rm", "-fv", *left, check=False)
+
+
+def docker(*argv: str, stdin: bytes = b"", check: bool = True) -> subprocess.CompletedProcess[bytes]:
+    """The engine's own client, for what a test makes or looks at behind our back."""
+    try:
+        return subprocess.run(["docker", *argv], input=stdin, capture_output=True, check=check, timeout=120)
+    except FileNotFoundError:
+        pytest.skip("there is no docker command here")
+
+
+def inspect(name: str) -> Any:
+    """Everything that the engine says of an image or a container."""
+    return json.loads(docker("inspect", name).stdout)[0]
+
+
+def rootfs() -> bytes:
+    """A root file system: busybox under all its names, and the libraries that it needs."""
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        pytest.skip("there is no busybox: apt install busybox-static")
+    names = subprocess.run([busybox, "--list"], capture_output=True, check=True, text=True).stdout.split()
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        for path in (busybox, *_libraries(busybox)):
+            archive.addfile(*_file(path, "bin/busybox" if path == busybox else path.lstrip("/")))
+        for name in names:
+            if name != "busybox":
+                link = tarfile.TarInfo(f"bin/{name}")
+                link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+                archive.addfile(link)
+        folder = tarfile.TarInfo("tmp")
+        folder.type, folder.mode = tarfile.DIRTYPE, 0o1777
+        archive.addfile(folder)
+    return made.getvalue()
+
+
+def _libraries(program: str) -> list[str]:
+    said = subprocess.run(["ldd", program], capture_output=True, check=False, text=True).stdout
+    return re.findall(r"(/\S+) \(0x", said)  # none where it is linked statically
+
+
+def _file(path: str, name: str) -> tuple[tarfile.TarInfo, io.BytesIO]:
+    content = Path(path).read_bytes()
+    header = tarfile.TarInfo(name)
+    header.size, header.mode = len(content), 0o755
+    return header, io.BytesIO(content)
