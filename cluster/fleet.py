@@ -57,12 +57,13 @@ def each(
     act: Callable[[Machine], T],
     *,
     deadline: float | None = None,
+    width: int = WIDTH,
 ) -> Answers[T]:
-    """Do `act` on every machine at once (at most `WIDTH`); a `NodeError` is an answer, any other error is a bug.
+    """Do `act` on every machine at once (at most `width`); a `NodeError` is an answer, any other error is a bug.
 
     A machine that has not answered after `deadline` seconds is reported as unreachable; its thread is left behind.
     """
-    gate = BoundedSemaphore(WIDTH)
+    gate = BoundedSemaphore(width)
     futures: dict[Future[T], str] = {}
     for machine in machines:
         future: Future[T] = Future()
