@@ -212,6 +212,7 @@ def read_exit(node: str, text: str, *, now: float, code: int | None = None, oom:
     """The agent's exit.json as an event, None where it is missing or torn; `code` and `oom` are the engine's word."""
     try:
         said = json.loads(text)
+        own = int(said["code"])
         failures = tuple(
             Failure(
                 rank=one.get("rank"),
@@ -226,7 +227,7 @@ def read_exit(node: str, text: str, *, now: float, code: int | None = None, oom:
         return NodeEnded(
             time=now,
             node=node,
-            code=int(said["code"]) if code is None else code,
+            code=own if code is None else code,
             oom=oom,
             stopped=bool(said.get("stopped")),
             failures=failures,
