@@ -66,7 +66,11 @@ def watch(
         for part, follower in zip(parts, followers, strict=True):
             threading.Thread(target=_await, args=(part, follower, arrivals, clock), daemon=True).start()
         while len(ends) < len(parts):
-            arrived = arrivals.get()
+            try:
+                # Short waits: a signal just before a long one would be noticed only after it.
+                arrived = arrivals.get(timeout=0.2)
+            except queue.Empty:
+                continue
             if isinstance(arrived, BaseException):
                 raise arrived
             if arrived is None and not own:
