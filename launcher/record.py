@@ -75,6 +75,7 @@ class Memory:
         """After `down`, a cluster is not the current one any more."""
         if self.current() == name:
             (self._folder / "current").unlink(missing_ok=True)
+        (self.cluster(name).folder / "engine").unlink(missing_ok=True)
 
 
 class ClusterMemory:
@@ -95,7 +96,7 @@ class ClusterMemory:
         return Path(path) if path else None
 
     def engine(self) -> str | None:
-        """The engine that `up` was told to use in place of the inventory's."""
+        """The engine that `up --engine` put in place of the inventory's, until `down`."""
         return _line(self.folder / "engine")
 
     def remember(self, inventory: Path, *, engine: str | None) -> None:

@@ -112,7 +112,7 @@ def up(cluster: str | None, engine: str | None, ignore: tuple[str, ...], *, dry_
     with opened(cluster, engine=engine) as now:
         done, todo = converge.up(now, ignored=ignore, dry_run=dry_run)
         if not dry_run:
-            now.memory.remember(load(cluster, engine=engine)[2], engine=engine)
+            now.memory.remember(load(cluster, engine=engine)[2], engine=engine or now.memory.engine())
             memory().make_current(now.inventory.name)
     if as_json:
         show_json({**text.effective(done.plan), "todo": todo, "done": converge.told(done)})

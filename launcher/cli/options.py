@@ -141,16 +141,20 @@ def load(cluster: str | None, *, engine: str | None = None) -> tuple[Inventory, 
     from cluster.inventory import load_inventory
 
     known = memory()
-    path, remembered = _meant(cluster, known)
-    inventory = load_inventory(path, engine=engine or remembered)  # type: ignore[arg-type]
-    return inventory, known.cluster(inventory.name), path
+    path = _meant(cluster, known)
+    inventory = load_inventory(path, engine=engine)  # type: ignore[arg-type]
+    remembered = known.cluster(inventory.name)
+    stand_in = remembered.engine() if remembered.inventory() == path.absolute() else None
+    if engine is None and stand_in:
+        inventory = load_inventory(path, engine=stand_in)  # type: ignore[arg-type]
+    return inventory, remembered, path
 
 
-def _meant(cluster: str | None, known: Memory) -> tuple[Path, str | None]:
-    if cluster and (Path(cluster).exists() or "/" in cluster or cluster.endswith((".yaml", ".yml"))):
-        return Path(cluster), None
+def _meant(cluster: str | None, known: Memory) -> Path:
+    if cluster and (Path(cluster).is_file() or "/" in cluster or cluster.endswith((".yaml", ".yml"))):
+        return Path(cluster)
     if not cluster and Path("cluster.yaml").exists():
-        return Path("cluster.yaml"), None
+        return Path("cluster.yaml")
     name = cluster or known.current()
     if name is None:
         raise InputError(
@@ -161,7 +165,7 @@ def _meant(cluster: str | None, known: Memory) -> tuple[Path, str | None]:
     if path is None:
         names = ", ".join(one.name for one in known.clusters()) or "none"
         raise InputError(f"no cluster {name!r} is known here", next_step=f"known are: {names}; or name its file")
-    return path, known.cluster(name).engine()
+    return path
 
 
 @contextlib.contextmanager
