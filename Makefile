@@ -49,7 +49,7 @@ demo: setup ## Train, save and re-load a small GPT on this machine, without SSH 
 	tell() { printf '\n$$ %s\n' "$$*"; "$$@"; }; \
 	tell launcher up examples/local.yaml; \
 	trap 'tell launcher down -c examples/local.yaml' EXIT; \
-	tell launcher run -c examples/local.yaml --stage 3 --port auto --env PYTHONWARNINGS=ignore::FutureWarning \
+	tell launcher run -c examples/local.yaml --stage 3 --port auto \
 	    examples/train.py --steps $(DEMO_STEPS) --log-every 5; \
 	printf '\nthe model: %s\n' "$$(ls -t '$(DEMO)'/.launcher/local/local/checkpoints/*/final/model.safetensors | head -n 1)"
 
