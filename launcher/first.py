@@ -77,7 +77,11 @@ def pin_keys(hop: Hop, known_hosts: Path, *, replace: bool) -> None:
     pin(known_hosts, hop.keys, replace=replace)
 
 
-_HOST = re.compile(r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>\d{1,5}))?", re.ASCII)
+_HOST = re.compile(
+    r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:@\[\]]+))(?::(?P<port>\d{1,5}))?", re.ASCII
+)
+    r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:@\[\]]+))(?::(?P<port>\d{1,5}))?", re.ASCII
+)
 
 
 def read_hosts(hosts: Sequence[str], *, name: str, identity_file: str | None) -> Inventory:
@@ -102,10 +106,14 @@ def read_hosts(hosts: Sequence[str], *, name: str, identity_file: str | None) ->
     return read_inventory(read(text, "launcher init"))
 
 
-def write_first(first: Inventory, remembered: ClusterMemory, output: Path, *, voice: Voice) -> None:
-    """Ask the machines, and write an inventory of what they say."""
+def check_output(output: Path) -> None:
+    """Refuse to write over a file, before anything is asked."""
     if output.exists():
         raise InputError("this file exists", where=str(output), next_step="remove it, or choose another with --output")
+
+
+def write_first(first: Inventory, remembered: ClusterMemory, output: Path, *, voice: Voice) -> None:
+    """Ask the machines, and write an inventory of what they say."""
     machines = connect(first, known_hosts=remembered.known_hosts)
     peers = tuple(node.host for node in first.nodes)
     with closing(machines):

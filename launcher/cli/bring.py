@@ -41,9 +41,10 @@ def init(hosts: tuple[str, ...], output: Path, name: str, identity_file: str | N
     launcher init ml@10.0.0.11 ml@10.0.0.12
     launcher init 10.0.0.11 10.0.0.12 --name lab -o lab.yaml
     """
-    from launcher.first import read_hosts, write_first
+    from launcher.first import check_output, read_hosts, write_first
     from launcher.views.live import Teller
 
+    check_output(output)
     first = read_hosts(hosts, name=name, identity_file=identity_file)
     remembered = memory().cluster(name)
     _trust(first, remembered, yes=yes, replace=False)

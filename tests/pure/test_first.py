@@ -36,7 +36,8 @@ def test_a_word_is_a_host(word: str, node: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["", "gpu-01:", "gpu-01:x", "2001:db8::11", "a:1:2", "gpu-01:" + "9" * 5000, "gpu-01:२२"]
+    "word",
+    ["", "@", "ml@", "a@b@c", "gpu-01:", "gpu-01:x", "2001:db8::11", "a:1:2", "gpu-01:" + "9" * 5000, "gpu-01:२२"],
 )
 def test_a_word_that_is_no_host_is_refused(word: str) -> None:
     with pytest.raises(InputError) as caught:
@@ -44,9 +45,7 @@ def test_a_word_that_is_no_host_is_refused(word: str) -> None:
     assert str(caught.value).splitlines() == [f"{word!r} is no host", "  next: such as ml@10.0.0.11 or gpu-01:2222"]
 
 
-@pytest.mark.parametrize(
-    "word", ["@", "ml@", "gpu-01:0", "gpu-01:99999", "a b", "gpu$(id)", "-oProxyCommand=x", "a@b@c", "0.0.0.0"]
-)
+@pytest.mark.parametrize("word", ["gpu-01:0", "gpu-01:99999", "a b", "gpu$(id)", "-oProxyCommand=x", "0.0.0.0"])
 def test_a_host_that_cannot_be_is_refused_as_in_any_inventory(word: str) -> None:
     with pytest.raises(InputError, match="nodes"):
         hosts(word)
