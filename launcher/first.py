@@ -80,8 +80,6 @@ def pin_keys(hop: Hop, known_hosts: Path, *, replace: bool) -> None:
 _HOST = re.compile(
     r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:@\[\]]+))(?::(?P<port>\d{1,5}))?", re.ASCII
 )
-    r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:@\[\]]+))(?::(?P<port>\d{1,5}))?", re.ASCII
-)
 
 
 def read_hosts(hosts: Sequence[str], *, name: str, identity_file: str | None) -> Inventory:
