@@ -23,7 +23,7 @@ from docker.utils import parse_repository_tag
 from cluster.command import Command, Result
 from cluster.container import FOREIGN_STATES, Container, ContainerSpec, ContainerState
 from cluster.engine import engine_error
-from cluster.errors import CommandError, EngineError, ImageError, LockedError, UnreachableError
+from cluster.errors import CommandError, EngineError, ImageError, LockedError, NodeError, UnreachableError
 from cluster.transport import Channel, Transport
 
 _URL = "http://docker.invalid"
@@ -329,9 +329,12 @@ class DockerEngine:
         except _FOREIGN as error:
             raise self._silent(doing, error) from error
 
-    def _silent(self, doing: str, error: Exception) -> EngineError | UnreachableError:
+    def _silent(self, doing: str, error: Exception) -> NodeError:
         """Why the engine does not answer, asked of its own client: it sees permissions, we an end of file."""
-        hangs = isinstance(error, requests.Timeout)
+        cause = error.__cause__ or error  # the SDK wraps what happens while it asks for the engine's version
+        if isinstance(cause, NodeError) and not isinstance(cause, EngineError):
+            return cause
+        hangs = isinstance(cause, requests.Timeout)
         # Whether it is the engine that hangs, or the machine: that the client cannot say.
         ask = Command(argv=("true",) if hangs else ("docker", "version", "--format", "{{.Server.Version}}"))
         try:
