@@ -1,0 +1,303 @@
+"""Shipping an image: from one real engine to another, whatever breaks; and to many nodes at once, on doubles."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from cluster.dockerd import DockerEngine
+from cluster.errors import EngineError, ImageError, UnreachableError
+from cluster.fleet import WIDTH, Machine
+from cluster.local import LocalTransport
+from launcher.stages.ship import lacking, ship_image
+from tests.loopback.images import IMAGE_LABEL, Tiny, docker, inspect
+from tests.pure.doubles import FileTransport, MemoryEngine
+
+TAG = "launcher-test/shipped:1"
+
+
+class Dockerd:
+    """A second Docker engine: its own data, socket and containerd; no network, no iptables."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.socket = folder / "docker.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it; skip where that is not possible."""
+        program = shutil.which("dockerd")
+        if program is None:
+            pytest.skip("there is no dockerd here: apt install docker.io")
+        line = [program, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
+        line += ["--pidfile", f"{self.folder}/pid", "-H", f"unix://{self.socket}", "--storage-driver", "vfs"]
+        line += ["--bridge", "none", "--iptables=false", "--ip-masq=false"]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(line, stdout=log, stderr=log)
+        for _ in range(1000):
+            if self.say("version").returncode == 0:
+                return
+            if self._process.poll() is not None:
+                pytest.skip("a second dockerd does not start here")
+            time.sleep(0.02)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def say(self, *argv: str) -> subprocess.CompletedProcess[bytes]:
+        """Ask it something."""
+        return docker("-H", f"unix://{self.socket}", *argv, check=False)
+
+    def images(self) -> list[str]:
+        """All that it has, with a name or without."""
+        return self.say("images", "-aq", "--no-trunc").stdout.decode().split()
+
+    def kill(self) -> None:
+        """End it at once, as a power cut would."""
+        assert self._process
+        self._process.kill()
+        self._process.wait()
+        with suppress(OSError, ValueError):
+            os.kill(int((self.folder / "exec/containerd/containerd.pid").read_text()), signal.SIGKILL)
+        for left in ("pid", "exec/containerd/containerd.pid"):
+            (self.folder / left).unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """End it in order."""
+        if self._process and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(60)
+
+
+class HereButThere(LocalTransport):
+    """This machine, with another engine."""
+
+    def __init__(self, socket: Path) -> None:
+        super().__init__("there")
+        self._there = socket
+
+    def _docker_socket(self) -> Path:
+        return self._there
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dockerd]:
+    """The engine that the image is sent to."""
+    other = Dockerd(tmp_path_factory.mktemp("dockerd"))
+    try:
+        other.start()
+        yield other
+    finally:
+        other.stop()
+
+
+@pytest.fixture
+def there(other: Dockerd) -> Iterator[Machine]:
+    """A machine that has no image at all."""
+    transport = HereButThere(other.socket)
+    engine = DockerEngine(transport)
+    yield Machine(name="there", transport=transport, engine=engine)
+    engine.close()
+    for image in other.images():
+        other.say("rmi", "-f", image)
+
+
+class Source(DockerEngine):
+    """This machine's engine; `spoil` does something to the archive that it sends."""
+
+    def __init__(self, spoil: Callable[[Iterator[bytes]], Iterable[bytes]] = iter) -> None:
+        super().__init__(LocalTransport("here"))
+        self.spoil = spoil
+        self.read = 0
+
+    def save(self, name: str) -> Iterator[bytes]:
+        self.read += 1
+        yield from self.spoil(super().save(name))
+
+
+@pytest.fixture
+def source() -> Iterator[Source]:
+    source = Source()
+    yield source
+    source.close()
+
+
+def ship(source: Source, there: Machine, digest: str) -> int:
+    """Send the image; how many bytes it took."""
+    return ship_image(source, [there], tag=TAG, digest=digest, progress=lambda *_: None)["there"]
+
+
+class TestBetweenEngines:
+    def test_it_arrives_whole_under_its_name(self, source: Source, there: Machine, tiny: Tiny) -> None:
+        told: list[tuple[str, int, int]] = []
+        taken = ship_image(source, [there], tag=TAG, digest=tiny.digest, progress=lambda *now: told.append(now))
+        assert there.engine.image_id(TAG) == there.engine.image_id(tiny.digest) == tiny.digest
+        assert told[-1] == ("there", taken["there"], source.image_bytes(tiny.digest))
+        assert [taken for _, taken, _ in told] == sorted(taken for _, taken, _ in told)
+
+    @pytest.mark.parametrize("percent", [0, 1, 50, 99])
+    def test_a_reader_that_breaks_leaves_nothing(
+        self, source: Source, there: Machine, other: Dockerd, tiny: Tiny, percent: int
+    ) -> None:
+        archive = b"".join(source.save(tiny.digest))
+
+        def broken(_: Iterator[bytes]) -> Iterator[bytes]:
+            yield archive[: len(archive) * percent // 100]
+            raise UnreachableError("here", "the connection was lost")
+
+        source.spoil = broken
+        with pytest.raises(UnreachableError, match="node here: the connection was lost"):
+            ship(source, there, tiny.digest)
+        assert other.images() == []
+        assert _left_over(other) == []
+        source.spoil = iter
+        ship(source, there, tiny.digest)
+        assert other.images() == [tiny.digest]
+
+    def test_an_engine_that_dies_while_it_takes_leaves_nothing(
+        self, source: Source, there: Machine, other: Dockerd, tiny: Tiny
+    ) -> None:
+        archive = b"".join(source.save(tiny.digest))
+
+        def dying(_: Iterator[bytes]) -> Iterator[bytes]:
+            half = len(archive) // 2
+            yield archive[:half]
+            other.kill()
+            yield archive[half:]
+
+        source.spoil = dying
+        try:
+            with pytest.raises(EngineError) as caught:
+                ship(source, there, tiny.digest)
+            assert caught.value.node == "there"
+        finally:
+            other.start()
+        assert other.images() == []
+        source.spoil = iter
+        ship(source, there, tiny.digest)
+        assert there.engine.image_id(TAG) == tiny.digest
+
+    def test_another_image_than_was_meant_gets_no_name(self, source: Source, there: Machine, tiny: Tiny) -> None:
+        name = f"launcher-test/other:{tiny.mark}"
+        docker(
+            "import", "-c", f"LABEL {IMAGE_LABEL}={tiny.mark}", "-c", "LABEL other=yes", "-", name, stdin=b"\0" * 1024
+        )
+        source.spoil = lambda _: DockerEngine(LocalTransport("here")).save(inspect(name)["Id"])
+        with pytest.raises(ImageError, match=f"the image did not arrive as {tiny.digest}") as caught:
+            ship(source, there, tiny.digest)
+        assert caught.value.exit_code == 5
+        assert there.engine.image_id(TAG) is None
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_a_changed_archive_is_never_a_usable_wrong_image(
+        self, source: Source, there: Machine, tiny: Tiny, seed: int
+    ) -> None:
+        archive = bytearray(b"".join(source.save(tiny.digest)))
+        archive[random.Random(seed).randrange(len(archive))] ^= 0xFF  # noqa: S311 - the same every time
+        source.spoil = lambda _: [bytes(archive)]
+        with suppress(EngineError):
+            ship(source, there, tiny.digest)
+        if there.engine.image_id(tiny.digest):  # what was changed is no part of the image
+            layers = inspect(tiny.digest)["RootFS"]
+            assert _inspected(there, tiny.digest) == layers
+
+    def test_what_is_there_already_is_sent_without_harm(self, source: Source, there: Machine, tiny: Tiny) -> None:
+        ship(source, there, tiny.digest)
+        ship(source, there, tiny.digest)
+        assert there.engine.image_id(TAG) == tiny.digest
+
+
+def _inspected(there: Machine, digest: str) -> object:
+    assert isinstance(there.engine, DockerEngine)
+    return there.engine._client.inspect_image(digest)["RootFS"]
+
+
+def _left_over(other: Dockerd) -> list[Path]:
+    """What an engine keeps of an archive that it could not take in."""
+    return [one for one in (other.folder / "data" / "tmp").rglob("*") if one.is_file()]
+
+
+def fleet(*engines: MemoryEngine) -> list[Machine]:
+    return [Machine(name=engine.node, transport=FileTransport(engine.node), engine=engine) for engine in engines]
+
+
+def send(source: MemoryEngine, digest: str, *engines: MemoryEngine) -> dict[str, int]:
+    return dict(ship_image(source, fleet(*engines), tag=TAG, digest=digest, progress=lambda *_: None))
+
+
+class TestToMany:
+    def test_the_source_is_read_once(self) -> None:
+        source, nodes = MemoryEngine("source"), [MemoryEngine(f"gpu-{n}") for n in range(5)]
+        digest = source.put_image(b"an image" * 100)
+        assert send(source, digest, *nodes) == {node.node: 800 for node in nodes}
+        assert source.faults.calls.count("save") == 1
+        assert [node.tags for node in nodes] == [{TAG: digest}] * 5
+
+    def test_nobody_asks_for_nothing(self) -> None:
+        source = MemoryEngine("source")
+        assert send(source, "sha256:1") == {}
+        assert source.faults.calls == []
+
+    def test_more_nodes_than_a_fan_out_is_wide_and_more_chunks_than_a_pipe_is_long(self) -> None:
+        source, nodes = MemoryEngine("source", slices=300), [MemoryEngine(f"gpu-{n}") for n in range(WIDTH + 8)]
+        digest = source.put_image(bytes(3000))
+        assert set(send(source, digest, *nodes).values()) == {3000}
+
+    def test_one_that_fails_does_not_hold_the_others_up(self) -> None:
+        source, nodes = MemoryEngine("source", slices=300), [MemoryEngine(f"gpu-{n}") for n in range(3)]
+        digest = source.put_image(bytes(range(250)) * 12)
+        full = ImageError("gpu-1", "the image does not load: no space left on device")
+        nodes[1].faults.at("load slice", lambda: None, full)
+        with pytest.raises(ImageError, match="no space left"):
+            send(source, digest, *nodes)
+        assert [node.tags for node in nodes] == [{TAG: digest}, {}, {TAG: digest}]
+        assert nodes[1].images == {}
+
+    def test_one_that_is_slow_does_not_hold_the_others_up(self) -> None:
+        source, slow, quick = MemoryEngine("source", slices=50), MemoryEngine("slow"), MemoryEngine("quick")
+        digest = source.put_image(bytes(5000))
+        done = threading.Event()
+        quick.faults.at("tag", done.set)
+        slow.faults.at("load slice", lambda: done.wait(60) or pytest.fail("the quick one waited for the slow one"))
+        assert send(source, digest, slow, quick) == {"slow": 5000, "quick": 5000}
+
+    def test_a_source_that_breaks_is_told_once(self) -> None:
+        source, nodes = MemoryEngine("source"), [MemoryEngine(f"gpu-{n}") for n in range(3)]
+        digest = source.put_image(bytes(1000))
+        source.faults.at("save slice", lambda: None, UnreachableError("source", "the connection was lost"))
+        with pytest.raises(UnreachableError) as caught:
+            send(source, digest, *nodes)
+        assert str(caught.value) == "node source: the connection was lost"
+        assert [(node.images, node.tags) for node in nodes] == [({}, {})] * 3
+
+    def test_a_source_that_nobody_takes_from_is_not_read_on(self) -> None:
+        source, nodes = MemoryEngine("source", slices=10_000), [MemoryEngine(f"gpu-{n}") for n in range(2)]
+        digest = source.put_image(bytes(10_000))
+        for node in nodes:
+            node.faults.at("load", EngineError(node.node, "the Docker engine does not answer"))
+        with pytest.raises(EngineError):
+            send(source, digest, *nodes)
+        assert source.faults.calls.count("save slice") < 1000
+
+    def test_a_bug_of_one_is_heard_of(self) -> None:
+        source, node = MemoryEngine("source"), MemoryEngine("gpu-1")
+
+        def bug() -> None:
+            raise ZeroDivisionError
+
+        node.faults.at("load slice", bug)
+        with pytest.raises(ZeroDivisionError):
+            send(source, source.put_image(b"x"), node)
+
+
+def test_who_lacks_the_image() -> None:
+    digests = {"a": "sha256:1", "b": None, "c": "sha256:2"}
+    assert lacking(digests, "sha256:1") == ("b", "c")
