@@ -153,7 +153,7 @@ class ProcessEngine:
     def wait(self, container: str) -> Container:
         while True:
             seen = self._seen(self._root / container)
-            if seen is None:
+            if seen is None or (self._root / container / "removing").exists():
                 raise EngineError(self.node, f"the container {container} was removed")
             if not seen.is_live:
                 return seen
@@ -176,6 +176,8 @@ class ProcessEngine:
         folder = self._root / container
         if not folder.is_dir():
             return
+        with suppress(OSError):
+            (folder / "removing").touch()  # who waits learns that it did not end by itself
         self._kill(container)
         with suppress(*_UNREADABLE):
             _forget_secrets(_load(folder))
