@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import selectors
 import signal
 import socket
@@ -34,6 +35,14 @@ class LocalTransport:
 
     def __init__(self, node: str) -> None:
         self.node = node
+
+    @property
+    def user(self) -> str:
+        """Who we are here; the number where it has no name."""
+        try:
+            return pwd.getpwuid(os.geteuid()).pw_name
+        except KeyError:
+            return str(os.geteuid())
 
     def open(self) -> None:
         """Do nothing: it is here."""

@@ -35,6 +35,10 @@ class Transport(Protocol):
 
     node: str
 
+    @property
+    def user(self) -> str:
+        """The login name on the machine, as far as we know it without asking there."""
+
     def open(self) -> None:
         """Connect now, so that a dead node is found before anything is asked of it. Harmless when connected."""
 

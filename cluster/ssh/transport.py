@@ -46,6 +46,11 @@ class SshTransport:
         self._links: list[Link] = []
         self._lock = threading.Lock()
 
+    @property
+    def user(self) -> str:
+        """The login name, as the inventory or ~/.ssh/config says it."""
+        return route(self._address, self._ssh_config, self._limits)[-1].user
+
     def open(self) -> None:
         """Connect now; harmless when connected."""
         self._link(lasting=False)

@@ -213,6 +213,15 @@ class TestLocal(TransportContract):
         yield transport
         transport.close()
 
+    def test_its_user_is_who_runs_this(self, transport: Transport) -> None:
+        assert transport.user == transport.run(Command(argv=("id", "-un"))).stdout.decode().strip()
+
+    def test_a_user_without_a_name_is_known_by_number(self) -> None:
+        ask = "import os; from cluster.local import LocalTransport as Here; os.setuid(54321); print(Here('here').user)"
+        if os.geteuid():
+            pytest.skip("only root can be another user")
+        assert subprocess.run([sys.executable, "-c", ask], capture_output=True, check=True).stdout == b"54321\n"
+
     def test_no_engine_is_said_in_plain_words(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/docker.sock")
         with pytest.raises(EngineError) as caught:
@@ -426,6 +435,11 @@ class TestConfiguration:
         site.config.write_text("Include more\nUser ml\nHost b\n  Port 1002\n")
         found = [route(Address(node="n", host=host), site.config, PATIENT)[0] for host in ("a", "b")]
         assert [(hop.user, hop.port) for hop in found] == [("ml", 1001), ("ml", 1002)]
+
+    def test_the_user_is_known_without_a_connection(self, site: Site) -> None:
+        site.config.write_text("Host a\n  User ml\n  ProxyJump ops@gate\n")
+        said = [Address(node="n", host="a"), Address(node="n", host="a", user="ada")]
+        assert [site.reach(address).user for address in said] == ["ml", "ada"]
 
     def test_jump_hosts_are_visited_in_the_order_written(self, site: Site) -> None:
         site.config.write_text("Host node\n  ProxyJump first,ops@second:2222\n")

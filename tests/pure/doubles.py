@@ -249,6 +249,7 @@ class FileTransport:
         self, node: str = "gpu-01", *, files: dict[str, bytes] | None = None, cuts: Cuts | None = None
     ) -> None:
         self.node = node
+        self.user = "ml"
         self.faults = Faults()
         self.files = files if files is not None else {}
         self._cuts = cuts or Cuts(0)
