@@ -60,6 +60,7 @@ class ContainerSpec:
     env: dict[str, str] = field(default_factory=dict)
     workdir: str | None = None
     user: str | None = None  # "uid:gid"
+    groups: tuple[int, ...] = ()  # further ones of that user
     mounts: tuple[Mount, ...] = ()
     devices: tuple[str, ...] = ()
     gpus: bool = False

@@ -294,6 +294,7 @@ class DockerEngine:
             network_mode="host",
             init=True,
             cap_drop=["ALL"],
+            group_add=[str(group) for group in spec.groups],
             security_opt=["no-new-privileges"],
             mounts=[
                 # type bind refuses a missing source; `-v` would create it, as root, on the root disk

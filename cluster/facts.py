@@ -81,6 +81,7 @@ class System:
     memory: int
     shm: int
     clock: float
+    groups: tuple[int, ...] = ()  # every group of the account, `gid` among them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +125,7 @@ def read_system(text: str) -> System:
         memory=_integer(said.get("memory", "")) * 1024,
         shm=_integer(said.get("shm", "")) * 1024,
         clock=_seconds(said.get("clock", "")),
+        groups=tuple(int(word) for word in said.get("groups", "").split() if word.isdecimal()),
     )
 
 
@@ -252,6 +254,7 @@ PROBES = (
         read=read_system,
         text="""
 echo "kernel=$(uname -sr)"; echo "arch=$(uname -m)"; echo "user=$(id -un)"; echo "uid=$(id -u)"; echo "gid=$(id -g)"
+echo "groups=$(id -G)"
 echo "home=$HOME"; echo "cpus=$(getconf _NPROCESSORS_ONLN)"
 echo "memory=$(sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo)"
 echo "shm=$(df -Pk /dev/shm | sed -n '2s/^[^ ]* *\\([0-9]*\\).*/\\1/p')"; echo "clock=$(date +%s.%N)"

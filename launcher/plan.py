@@ -44,6 +44,7 @@ class NodePlan:
     address: str
     nic: str
     user: str
+    groups: tuple[int, ...]
     cpus: int
     shm_bytes: int
     root: str
@@ -149,6 +150,7 @@ def _node_plan(inventory: Inventory, node: Node, facts: NodeFacts, *, rank: int,
         nic=node.nic or _nic_of(address, facts),
         # Rootless Docker maps the container's root to the user; any other id would be a stranger's.
         user="0:0" if facts.docker.rootless else f"{system.uid}:{system.gid}",
+        groups=() if facts.docker.rootless else tuple(group for group in system.groups if group != system.gid),
         cpus=system.cpus,
         shm_bytes=inventory.container.shm_bytes or system.memory // 2,
         root=root,

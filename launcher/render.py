@@ -208,6 +208,7 @@ def _container(
         env=environment(plan, node),
         workdir=workdir,
         user=node.user,
+        groups=node.groups,
         mounts=() if plan.engine == "process" else (*mounts, *_places(node), *node.mounts),
         devices=plan.devices,
         gpus=plan.accelerator == "cuda",

@@ -310,6 +310,7 @@ class TestDockerHere(DockerContract):
             env={"WORD": "a b"},
             workdir="/tmp",
             user="1234:2345",
+            groups=(3456, 4567),
             mounts=(
                 Mount(source=str(tmp_path), target="/data"),
                 Mount(source="/tmp", target="/scratch", read_only=False),
@@ -333,7 +334,7 @@ class TestDockerHere(DockerContract):
 
     def test_the_least_that_can_be_asked_is_as_safe(self, engine: Engine) -> None:
         made = inspect(engine.create(self.spec(*SLEEP)))["HostConfig"]
-        asked = ("Tmpfs", "ShmSize", "Ulimits", "Devices")
+        asked = ("GroupAdd", "Tmpfs", "ShmSize", "Ulimits", "Devices")
         always = {name: value for name, value in HOST.items() if name not in asked}
         assert {name: made[name] for name in always} == always
         assert [
@@ -400,6 +401,7 @@ HOST = {
     "Privileged": False,
     "CapAdd": None,
     "CapDrop": ["ALL"],
+    "GroupAdd": ["3456", "4567"],
     "SecurityOpt": ["no-new-privileges"],
     "NetworkMode": "host",
     "PidMode": "",

@@ -33,6 +33,7 @@ SYSTEM = System(
     user="ml",
     uid=1001,
     gid=1001,
+    groups=(1001, 2000),
     home="/home/ml",
     cpus=64,
     memory=1024 * GIB,

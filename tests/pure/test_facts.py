@@ -65,6 +65,7 @@ def test_this_machine_answers_the_survey(tmp_path: Path) -> None:
         port = server.getsockname()[1]
     system = facts.system
     assert (system.uid, system.gid) == (os.getuid(), os.getgid())
+    assert set(system.groups) == {os.getgid(), *os.getgroups()}
     assert (system.arch, system.home) == (platform.machine(), os.environ["HOME"])
     assert system.user == getpass.getuser()
     assert system.cpus >= 1

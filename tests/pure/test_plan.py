@@ -45,6 +45,7 @@ def test_a_plan_is_whole() -> None:
                 address="127.0.0.1",
                 nic="lo",
                 user="1001:1001",
+                groups=(2000,),
                 cpus=64,
                 shm_bytes=512 * given.GIB,
                 root=root,
@@ -110,7 +111,8 @@ def test_a_plan_without_a_run_names_the_nodes_own_folder() -> None:
 def test_rootless_docker_makes_the_user_root_inside() -> None:
     inventory = given.inventory(nodes=1)
     rootless = given.all_facts(inventory, docker=DockerFact(version="27.1.1", rootless=True))
-    assert planned(inventory, rootless).nodes[0].user == "0:0"
+    (node,) = planned(inventory, rootless).nodes
+    assert (node.user, node.groups) == ("0:0", ())
 
 
 def test_uneven_slots_are_refused_by_name() -> None:
