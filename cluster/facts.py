@@ -94,7 +94,7 @@ class NodeFacts:
     disks: tuple[Disk, ...]
     listeners: tuple[Listener, ...]
     docker: DockerFact
-    routes: Mapping[str, str]  # peer address -> interface that leads there
+    routes: Mapping[str, str]  # peer, as it was asked for -> interface that leads there
     clock_offset: float = 0.0
 
     def disk(self, path: str) -> Disk:
@@ -228,12 +228,12 @@ def _read_podman(said: Mapping[str, Any]) -> DockerFact:
 
 
 def read_routes(text: str) -> dict[str, str]:
-    """Reads `<address> <answer of ip route get>` lines into address -> interface."""
+    """Reads `<peer> <answer of ip route get>` lines into peer -> interface."""
     routes = {}
     for line in text.splitlines():
-        address, _, answer = line.partition(" ")
+        peer, _, answer = line.partition(" ")
         if match := re.search(r"\bdev (\S+)", answer):
-            routes[address] = match[1]
+            routes[peer] = match[1]
     return routes
 
 
@@ -305,7 +305,17 @@ done 2>/dev/null
     Probe(
         name="routes",
         read=read_routes,
-        text="""for peer in $peers; do echo "$peer $(ip route get "$peer" 2>/dev/null | head -n 1)"; done""",
+        # `ip route get` takes no names.
+        text="""
+for peer in $peers; do
+  case $peer in
+    *:*) address=$peer ;;
+    *[!0-9.]*) address=$(getent ahostsv4 "$peer" | head -n 1); address=${address%% *} ;;
+    *) address=$peer ;;
+  esac
+  echo "$peer $(ip route get "$address" 2>/dev/null | head -n 1)"
+done
+""",
     ),
 )
 
@@ -313,7 +323,7 @@ _MARK = "--8<-- fact "
 
 
 def survey_command(*, paths: Iterable[str], peers: Iterable[str], engine: str) -> Command:
-    """One script that asks everything. `paths` to look at, `peers` (IP literals) to find a way to."""
+    """One script that asks everything. `paths` to look at, `peers` (addresses or names) to find a way to."""
     asks = "\n".join(f"printf '\\n%s\\n' '{_MARK}{probe.name}'\n( {probe.text.strip()}\n) 2>&1" for probe in PROBES)
     return script(
         f'paths=$1; peers=$2; engine=$3; exec </dev/null; export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"\n{asks}\nexit 0',

@@ -44,7 +44,7 @@ def paths_to_ask(inventory: Inventory, node: Node) -> tuple[str, ...]:
 
 
 def peers_to_ask(inventory: Inventory) -> tuple[str, ...]:
-    """The addresses that every node must find a way to."""
+    """The addresses, or else the names, that every node must find a way to."""
     return tuple(node.address or node.host for node in inventory.nodes)
 
 

@@ -80,6 +80,23 @@ def test_this_machine_answers_the_survey(tmp_path: Path) -> None:
     assert facts.disk("~/.").is_dir
 
 
+def test_a_way_is_found_to_a_name_and_kept_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tmp_path / "getent", '[ "$2" = gpu-02 ] && printf "%s STREAM gpu-02\\n%s DGRAM\\n" 10.0.0.12 10.0.0.12')
+    tool(tmp_path / "ip", '[ "$1" = route ] && [ "$3" ] && echo "$3 dev to-$3 src 10.0.0.11"')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert ask(peers=("gpu-02", "10.0.0.13", "2001:db8::14", "gpu-09")).routes == {
+        "gpu-02": "to-10.0.0.12",
+        "10.0.0.13": "to-10.0.0.13",
+        "2001:db8::14": "to-2001:db8::14",
+    }
+
+
+def tool(path: Path, text: str) -> None:
+    """A program that stands in for one of the machine's."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
 def test_only_the_engine_that_is_used_is_asked() -> None:
     assert ask(engine="process").docker == DockerFact(error="docker is not installed")
 

@@ -172,6 +172,11 @@ def test_the_way_to_oneself_says_nothing() -> None:
     assert choose_address(node(), facts) == "10.0.0.11"
 
 
+def test_a_way_that_is_known_by_the_peers_name_counts_alike() -> None:
+    facts = given.facts(nics=(FAST, ETH), routes={"gpu-01": "lo", "gpu-02": "eth0", "gpu-03": "eth0"})
+    assert choose_address(node(host="gpu-01"), facts) == "10.0.0.11"
+
+
 def test_the_only_address_is_taken() -> None:
     assert choose_address(node(), given.facts(nics=(FAST,))) == "10.5.0.11"
 
