@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 LABEL_CLUSTER = "launcher.cluster"
+LABEL_OWNER = "launcher.owner"  # the login name on the node: what another one started is not ours
 LABEL_NODE = "launcher.node"
 LABEL_ROLE = "launcher.role"  # "node": idle, one per machine; "run": one launch
 LABEL_RUN = "launcher.run"
 LABEL_RANK = "launcher.rank"
+LABEL_OUT = "launcher.out"  # where on the node a run's log is
+LABEL_GRACE = "launcher.grace"  # seconds that a run may take to end by itself
 LABEL_PLAN = "launcher.plan"  # fingerprint of the specification: unchanged means nothing to do
 
 

@@ -9,6 +9,7 @@ it carries standard input and terminals over any transport.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -229,8 +230,12 @@ class DockerEngine:
 
     def wait(self, container: str) -> Container:
         with self._translated("wait"):
-            self._client.wait(container, timeout=None)
-            said = self._client.inspect_container(container)
+            while True:
+                self._client.wait(container, timeout=None)
+                said = self._client.inspect_container(container)
+                if FOREIGN_STATES.get(said["State"]["Status"]) is not ContainerState.CREATED:
+                    break
+                time.sleep(0.2)  # about to be started: Docker calls this an end, too
         if said["State"]["Status"] in ("removing", "dead"):  # it did not end by itself
             raise EngineError(self.node, f"the container {container} was removed")
         return _inspected(said)

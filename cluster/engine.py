@@ -55,7 +55,7 @@ class Engine(Protocol):
         """Containers that carry all these labels, whatever their state."""
 
     def wait(self, container: str) -> Container:
-        """Wait for a container's end."""
+        """Wait for a container's end; one that is not started yet has none."""
 
     def stop(self, container: str, *, grace: float) -> None:
         """Ask it to end, and after `grace` seconds end it. Harmless when it has ended or is gone."""

@@ -155,7 +155,7 @@ class ProcessEngine:
             seen = self._seen(self._root / container)
             if seen is None or (self._root / container / "removing").exists():
                 raise EngineError(self.node, f"the container {container} was removed")
-            if not seen.is_live:
+            if seen.state is ContainerState.ENDED:
                 return seen
             time.sleep(0.05)
 

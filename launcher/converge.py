@@ -36,7 +36,7 @@ class Converged:
 def up(now: Session, *, ignored: tuple[str, ...] = (), dry_run: bool = False) -> tuple[Converged, tuple[str, ...]]:
     """Converge the machines; gives back what was done, or with `dry_run` what would be."""
     tag = image_tag(now.inventory)
-    seen = look(now, tag=tag)
+    seen = look(now, tag=tag, keep=not dry_run)
     for finding in checks.judge(checks.findings(now.inventory, seen.facts), ignored=ignored):
         now.voice.warn(finding)
     return converge(now, seen, tag=tag, job=Job(script=""), dry_run=dry_run)
@@ -109,14 +109,14 @@ def _have_image(now: Session, seen: Seen, *, tag: str, dry_run: bool) -> tuple[s
         held = digests - {None}
         if len(held) == 1:
             return held.pop(), False, ()
+        if dry_run:
+            return None, True, (f"{'pull' if now.inventory.image.use else 'build'} the image {tag}",)
         if now.inventory.image.use:
             if here.pull(tag):
                 return here.image_id(tag), False, ()
             raise ImageError(
                 here.node, f"the image {tag} is not there and cannot be pulled", next_step=f"docker load or pull {tag}"
             )
-        if dry_run:
-            return None, True, (f"build the image {tag}",)
         now.voice.say(f"building {tag}")
         recipe = read_recipe(now.inventory.image, now.inventory.flavour)
         with showing(now.voice):

@@ -6,20 +6,20 @@ import re
 import secrets as random
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from cluster.container import LABEL_RUN, Container
+from cluster.container import LABEL_OUT, LABEL_RUN, Container
 from cluster.errors import InputError
 from cluster.fleet import Machine, each
-from launcher import checks, zero
+from launcher import checks, render, zero
 from launcher.converge import converge, image_tag, told
 from launcher.events import CodeArrived, NodeStarted, RunBegan, RunEnded, StageBegan
 from launcher.job import Job
 from launcher.plan import Plan, choose_port, make_plan, node_root
 from launcher.record import RunRecord
-from launcher.session import Seen, Session, find_ours, live_run, look
+from launcher.session import Seen, Session, find_ours, live_run, look, ours
 from launcher.snapshot import Snapshot
 from launcher.stages.code import send_code
 from launcher.stages.logs import Mirror, Show
@@ -53,7 +53,7 @@ def prepare(
     """Look and judge; bring up what is not up. After this only the start itself can fail."""
     zero.check(job, accelerator=now.inventory.accelerator)
     tag = image_tag(now.inventory)
-    seen = look(now, tag=tag)
+    seen = look(now, tag=tag, keep=not dry_run)
     refuse_foreign(seen.found)
     first = seen.facts[now.inventory.nodes[0].name]
     wanted = port or now.inventory.master_port
@@ -127,6 +127,7 @@ def follow(
             container=containers[node.name],
             out=node.host.out,
             mirror=record.mirror(node.name),
+            grace=plan.job.grace + render.MARGIN,
         )
         for node in plan.nodes
         if node.name in containers
@@ -151,113 +152,134 @@ def choose_run(now: Session, run_id: str | None) -> str:
         if not _RUN.fullmatch(run_id):
             raise InputError(f"{run_id!r} is no run", next_step="launcher ls shows the runs that are known here")
         return run_id
-    live = live_run(find_ours(now))
-    runs = now.memory.runs()
-    if live or runs:
-        return live or runs[-1].run
+    live = live_run(find_ours(now).good)
+    known = [record.run for record in now.memory.runs() if record.state().run or record.mirrored()]
+    if live or known:
+        return live or known[-1]
     raise InputError(f"no run of cluster {now.inventory.name} is known", next_step="launcher run SCRIPT")
 
 
 def show_logs(now: Session, run_id: str, *, show: Show, follow: bool) -> None:
-    """Print a run's log from its beginning; with `follow` go on until it ends or the user leaves."""
+    """Print a run's log from its beginning; with `follow` go on until it ends or the user leaves.
+
+    What is mirrored here is shown also when its node does not answer; a warning says so.
+    """
     record = now.memory.run(run_id)
-    containers = _containers(now, run_id)
+    found = find_ours(now, run=run_id)
+    containers = _of_run(found.good, run_id)
     if follow and containers:
-        _print_mirrors(record, show)
         with suppress(Detached):
-            _follow_found(now, run_id, containers, show=show)
+            _follow_found(now, containers, record, show=show)
         return
-    out = _out_folders(now, run_id)
-    mirrors = [
-        Mirror(machine, out=out[machine.name], path=record.mirror(machine.name), show=lambda *_line: None)
-        for machine in now.machines
-    ]
-    each(now.machines, _Finish(now.machines, mirrors), deadline=60)
-    if not any(record.merged()):
+    out = {**_planned_folders(record), **{node: one.labels[LABEL_OUT] for node, one in containers.items()}}
+    if not out:
+        out = _asked_folders(now, run_id)
+
+    def fetch(machine: Machine) -> None:
+        Mirror(machine, out=out[machine.name], path=record.mirror(machine.name), show=lambda *_line: None).finish()
+
+    reached = [machine for machine in now.machines if machine.name in found.good and machine.name in out]
+    each(reached, fetch, deadline=300)
+    for error in found.bad.values():
+        now.voice.say(f"warning: {error.where}: {error.what}; what is shown of it may end early")
+    if not record.mirrored():
         raise InputError(f"no node has a log of run {run_id}", next_step="launcher ls shows what is known here")
-    _print_mirrors(record, show)
+    _print(record, record.mirrored(), show)
 
 
-class _Finish:
-    def __init__(self, machines: Sequence[Machine], mirrors: Sequence[Mirror]) -> None:
-        self._mirrors = {machine.name: mirror for machine, mirror in zip(machines, mirrors, strict=True)}
-
-    def __call__(self, machine: Machine) -> None:
-        self._mirrors[machine.name].finish()
-
-
-def _print_mirrors(record: RunRecord, show: Show) -> None:
+def _print(record: RunRecord, until: Mapping[str, int], show: Show) -> None:
     """What is mirrored here already, in the order of time over all nodes."""
-    for node, line in record.merged():
+    for node, line in record.merged(until):
         show(node, line)
 
 
 def attach(now: Session, *, show: Show) -> tuple[str, RunEnded]:
     """Watch the run under way to its end; raises `Detached` when the user leaves."""
     found = find_ours(now)
-    run_id = live_run(found)
+    run_id = live_run(found.good)
     if run_id is None:
+        found.all_or_raise()
         raise InputError(
             f"no run of cluster {now.inventory.name} is under way", next_step="launcher logs shows the last one"
         )
-    _print_mirrors(now.memory.run(run_id), show)
-    return run_id, _follow_found(now, run_id, _of_run(found, run_id), show=show)
+    containers = _of_run(found.all_or_raise(), run_id)
+    return run_id, _follow_found(now, containers, now.memory.run(run_id), show=show)
 
 
-def _containers(now: Session, run_id: str) -> Mapping[str, str]:
-    return _of_run(find_ours(now, run=run_id), run_id)
+def stop(now: Session) -> RunEnded | None:
+    """End the run under way, in order, on every node that answers, and clear it away; None when there is none.
+
+    The nodes that do not answer are told of at the end.
+    """
+    found = find_ours(now)
+    run_id = live_run(found.good)
+    if run_id is None:
+        found.all_or_raise()
+        return None
+    containers = _of_run(found.good, run_id)
+
+    def end(machine: Machine) -> None:
+        one = containers[machine.name]
+        machine.engine.stop(one.id, grace=render.engine_grace(one.labels))
+
+    each([machine for machine in now.machines if machine.name in containers], end).all_or_raise()
+    ended = _follow_found(now, containers, now.memory.run(run_id), show=lambda _node, _line: None, own=True)
+    found.all_or_raise()
+    return ended
 
 
-def _of_run(found: Mapping[str, tuple[Container, ...]], run_id: str) -> Mapping[str, str]:
+def abandon(now: Session, plan: Plan) -> None:
+    """End a run whose start or watch was interrupted, and leave nothing of it."""
+
+    def end(machine: Machine) -> None:
+        for one in machine.engine.find(ours(now, machine, **{LABEL_RUN: plan.run})):
+            machine.engine.stop(one.id, grace=render.engine_grace(one.labels))
+            machine.engine.remove(one.id)
+
+    each(now.machines, end, deadline=plan.job.grace + 30)
+
+
+def _of_run(found: Mapping[str, tuple[Container, ...]], run_id: str) -> Mapping[str, Container]:
     return {
-        node: one.id for node, containers in found.items() for one in containers if one.labels.get(LABEL_RUN) == run_id
+        node: one for node, containers in found.items() for one in containers if one.labels.get(LABEL_RUN) == run_id
     }
 
 
-def _follow_found(now: Session, run_id: str, containers: Mapping[str, str], *, show: Show) -> RunEnded:
-    record = now.memory.run(run_id)
-    out = _out_folders(now, run_id)
+def _follow_found(
+    now: Session, containers: Mapping[str, Container], record: RunRecord, *, show: Show, own: bool = False
+) -> RunEnded:
+    """Come back to a run: show what is mirrored here, then go on from there."""
+    shown = record.mirrored()
+    _print(record, shown, show)
     parts = [
         Watched(
             machine=machine,
-            container=containers[machine.name],
-            out=out[machine.name],
+            container=containers[machine.name].id,
+            out=containers[machine.name].labels[LABEL_OUT],
             mirror=record.mirror(machine.name),
+            grace=render.engine_grace(containers[machine.name].labels),
+            start=shown.get(machine.name, 0),
         )
         for machine in now.machines
         if machine.name in containers
     ]
-    end = watch(parts, emit=record.emit, show=show, own=False)
+    end = watch(parts, emit=record.emit, show=show, own=own)
     record.emit(end)
     return end
 
 
-def _out_folders(now: Session, run_id: str) -> Mapping[str, str]:
-    """Where every node keeps the run's output: by its plan, or where it was started elsewhere by asking the nodes."""
-    plan = now.memory.run(run_id).load_plan()
-    if plan is not None:
-        return {node.name: node.host.out for node in plan.nodes}
-    facts = look(now, tag=image_tag(now.inventory)).facts
+def _planned_folders(record: RunRecord) -> dict[str, str]:
+    plan = record.load_plan()
+    return {} if plan is None else {node.name: node.host.out for node in plan.nodes}
+
+
+def _asked_folders(now: Session, run_id: str) -> dict[str, str]:
+    """Where the nodes keep the output of a run that was started elsewhere and is over."""
+    facts = look(now, tag="", keep=False).facts
     return {
         node.name: f"{node_root(now.inventory, node, facts[node.name])}/runs/{run_id}/out"
         for node in now.inventory.nodes
     }
-
-
-def stop(now: Session, *, grace: float) -> RunEnded | None:
-    """End the run under way, in order, on every node, and clear it away; None when there is none."""
-    found = find_ours(now)
-    run_id = live_run(found)
-    if run_id is None:
-        return None
-    containers = _of_run(found, run_id)
-
-    def end(machine: Machine) -> None:
-        if machine.name in containers:
-            machine.engine.stop(containers[machine.name], grace=grace)
-
-    each(now.machines, end, deadline=grace + 30).all_or_raise()
-    return _follow_found(now, run_id, containers, show=lambda _node, _line: None)
 
 
 @contextmanager
@@ -267,7 +289,9 @@ def leaving_on_signals() -> Iterator[None]:
     def leave(_number: int, _frame: object) -> None:
         raise Detached
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # What is ignored stays ignored: under nohup nobody's hanging up is meant.
+    heard = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in heard}
     try:
         yield
     finally:

@@ -37,3 +37,4 @@ class Job:
     config: str | None = None
     env: tuple[tuple[str, str], ...] = ()
     secrets: tuple[str, ...] = ()
+    grace: int = 5  # seconds between asking the job to end and ending it

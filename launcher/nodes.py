@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cluster.command import Command, Result
-from cluster.container import LABEL_CLUSTER, LABEL_ROLE
+from cluster.container import LABEL_ROLE
 from cluster.errors import CommandError, NodeError
 from cluster.fleet import Machine, each
 from launcher import render
-from launcher.session import Session, choose_machines
+from launcher.session import Session, choose_machines, ours
 
 
-def down(now: Session, *, grace: float) -> Mapping[str, tuple[str, ...]]:
-    """Remove every container of this cluster, by label; gives back their names by node."""
+def down(now: Session) -> Mapping[str, tuple[str, ...]]:
+    """Remove every container of ours, a live run in order; their names by node. A lost node holds nothing up."""
 
     def act(machine: Machine) -> tuple[str, ...]:
         machine.transport.open()
-        found = machine.engine.find({LABEL_CLUSTER: now.inventory.name})
+        found = machine.engine.find(ours(now, machine))
         for one in found:
             if one.is_live and one.labels.get(LABEL_ROLE) == render.ROLE_RUN:
-                machine.engine.stop(one.id, grace=grace)
+                machine.engine.stop(one.id, grace=render.engine_grace(one.labels))
             machine.engine.remove(one.id)
-        left = machine.engine.find({LABEL_CLUSTER: now.inventory.name})
+        left = machine.engine.find(ours(now, machine))
         if left:
             raise NodeError(machine.name, f"these do not go: {', '.join(one.name for one in left)}")
         return tuple(one.name for one in found)
 
-    return each(now.machines, act, deadline=grace + 60).all_or_raise()
+    return each(now.machines, act).all_or_raise()
 
 
 def run_inside(now: Session, names: tuple[str, ...], argv: tuple[str, ...]) -> Mapping[str, Result]:
@@ -47,8 +47,8 @@ def shell(now: Session, name: str | None, argv: tuple[str, ...], *, tty: bool) -
 
 def _idle(now: Session, machine: Machine) -> str:
     machine.transport.open()
-    labels = {LABEL_CLUSTER: now.inventory.name, LABEL_ROLE: render.ROLE_NODE}
-    live = [one.id for one in machine.engine.find(labels) if one.is_live]
+    found = machine.engine.find(ours(now, machine, **{LABEL_ROLE: render.ROLE_NODE}))
+    live = [one.id for one in found if one.is_live]
     if not live:
         raise CommandError(machine.name, "it is not up", next_step="launcher up")
     return live[0]

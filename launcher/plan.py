@@ -43,6 +43,7 @@ class NodePlan:
     slots: int
     address: str
     nic: str
+    owner: str
     user: str
     groups: tuple[int, ...]
     cpus: int
@@ -148,6 +149,7 @@ def _node_plan(inventory: Inventory, node: Node, facts: NodeFacts, *, rank: int,
         slots=slots_of(inventory, node, facts),
         address=address,
         nic=node.nic or _nic_of(address, facts),
+        owner=system.user,
         # Rootless Docker maps the container's root to the user; any other id would be a stranger's.
         user="0:0" if facts.docker.rootless else f"{system.uid}:{system.gid}",
         groups=() if facts.docker.rootless else tuple(group for group in system.groups if group != system.gid),

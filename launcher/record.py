@@ -18,9 +18,9 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cluster.errors import ClusterError, InputError
 from launcher.events import Event, from_json, to_json
@@ -143,23 +143,31 @@ class RunRecord:
         """Where a node's log is mirrored."""
         return self.logs / f"{node}.log"
 
-    def merged(self) -> Iterator[tuple[str, bytes]]:
-        """All mirrored lines with their node, by the time at which they were written."""
+    def mirrored(self) -> dict[str, int]:
+        """How much of each node's log is here in whole lines, in bytes."""
         mirrors = sorted(self.logs.glob("*.log")) if self.logs.is_dir() else []
-        streams = [_lines(path) for path in mirrors if not _OF_RANK.fullmatch(path.name)]
+        return {path.stem: _whole(path) for path in mirrors if not _OF_RANK.fullmatch(path.name)}
+
+    def merged(self, until: Mapping[str, int] | None = None) -> Iterator[tuple[str, bytes]]:
+        """All mirrored lines with their node, by the time at which they were written; up to these bytes of each."""
+        lengths = self.mirrored() if until is None else until
+        streams = [_lines(self.mirror(node), length) for node, length in lengths.items() if length]
         for _, node, line in heapq.merge(*streams, key=lambda one: one[0]):
             yield node, line
 
     def split_ranks(self) -> None:
-        """One log for every rank, `rank-00005.log`, made of the mirrors."""
-        parts: dict[bytes, list[bytes]] = {}
-        for _, line in self.merged():
-            moment, _, rest = line.partition(b" ")
-            rank, _, text = rest.partition(b" ")
-            if rank.isdigit() and len(rank) <= RANK_DIGITS:
-                parts.setdefault(rank, []).append(moment + b" " + text + b"\n")
-        for rank, lines in parts.items():
-            (self.logs / f"rank-{int(rank):05d}.log").write_bytes(b"".join(lines))
+        """One log for every rank, `rank-00005.log`, made of the mirrors; a rank lives on one node."""
+        for node, length in self.mirrored().items():
+            with ExitStack() as stack:
+                parts: dict[bytes, BinaryIO] = {}
+                for moment, _, line in _lines(self.mirror(node), length):
+                    rank, _, text = line[len(moment) + 1 :].partition(b" ")
+                    if not rank.isdigit() or len(rank) > RANK_DIGITS:
+                        continue
+                    if rank not in parts:
+                        path = self.logs / f"rank-{int(rank):05d}.log"
+                        parts[rank] = stack.enter_context(path.open("wb"))
+                    parts[rank].write(moment + b" " + text + b"\n")
 
     def save_plan(self, plan: Plan) -> None:
         """Keep the plan whole."""
@@ -216,9 +224,26 @@ def _make_private(folder: Path) -> None:
         missing.mkdir(mode=0o700, exist_ok=True)  # `parents=True` would give the ones above the usual mode
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, str, bytes]]:
+def _whole(path: Path) -> int:
+    """The length of a file up to its last line end."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65536)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def _lines(path: Path, length: int) -> Iterator[tuple[bytes, str, bytes]]:
     with path.open("rb") as file:
         for line in file:
+            length -= len(line)
+            if length < 0:
+                return
             yield line.partition(b" ")[0], path.stem, line.rstrip(b"\n")
 
 

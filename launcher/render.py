@@ -15,7 +15,10 @@ import yaml
 
 from cluster.container import (
     LABEL_CLUSTER,
+    LABEL_GRACE,
     LABEL_NODE,
+    LABEL_OUT,
+    LABEL_OWNER,
     LABEL_PLAN,
     LABEL_RANK,
     LABEL_ROLE,
@@ -30,12 +33,22 @@ INSIDE = ("agent.py", "launch.py", "bootstrap.py")
 # The run's container has one name per node: making it is atomic, so two runs can never hold the same node.
 ROLE_NODE, ROLE_RUN = "node", "run"
 JOIN_TIMEOUT = 120  # seconds for all nodes to meet; torchrun's own default is 900
-STOP_GRACE = 5  # seconds between asking a job to end and ending it
+MARGIN = 5.0  # seconds more than a job's own grace before the engine ends its container: the agent's, to tell of it
 
 
 def container_name(cluster: str, node: str, role: str) -> str:
     """The name of a node's container, the same for every run."""
     return f"launcher-{cluster}-{node}-{role}"
+
+
+def kin(spec: ContainerSpec) -> dict[str, str]:
+    """The labels of whatever stands in a container's place."""
+    return {name: spec.labels[name] for name in (LABEL_CLUSTER, LABEL_OWNER, LABEL_NODE, LABEL_ROLE)}
+
+
+def engine_grace(labels: Mapping[str, str]) -> float:
+    """How long the engine shall wait for a container of ours that was asked to end."""
+    return float(labels.get(LABEL_GRACE, 0)) + MARGIN
 
 
 def accelerate_config(plan: Plan, node: NodePlan) -> dict[str, object]:
@@ -127,7 +140,7 @@ def run_document(plan: Plan, node: NodePlan) -> dict[str, object]:
         "secrets_dir": node.job.secrets,
         "backend": "gloo" if plan.accelerator == "cpu" else None,
         "nvme": list(node.job.nvme),
-        "stop_grace": STOP_GRACE,
+        "stop_grace": plan.job.grace,
     }
 
 
@@ -156,7 +169,12 @@ def run_container(plan: Plan, node: NodePlan) -> ContainerSpec:
         node,
         role=ROLE_RUN,
         argv=("python3", f"{node.job.files}/agent.py", f"{node.job.files}/run.json"),
-        labels={LABEL_RUN: plan.run, LABEL_RANK: str(node.rank)},
+        labels={
+            LABEL_RUN: plan.run,
+            LABEL_RANK: str(node.rank),
+            LABEL_OUT: node.host.out,
+            LABEL_GRACE: str(plan.job.grace),
+        },
         mounts=(
             Mount(source=node.host.files, target=node.job.files),
             Mount(source=node.host.code, target=node.job.code),
@@ -204,7 +222,13 @@ def _container(
         name=container_name(plan.cluster, node.name, role),
         image=plan.image,
         argv=argv,
-        labels={LABEL_CLUSTER: plan.cluster, LABEL_NODE: node.name, LABEL_ROLE: role, **labels},
+        labels={
+            LABEL_CLUSTER: plan.cluster,
+            LABEL_OWNER: node.owner,
+            LABEL_NODE: node.name,
+            LABEL_ROLE: role,
+            **labels,
+        },
         env=environment(plan, node),
         workdir=workdir,
         user=node.user,

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from cluster.container import LABEL_CLUSTER, LABEL_ROLE, LABEL_RUN, Container
+from cluster.container import LABEL_CLUSTER, LABEL_OWNER, LABEL_ROLE, LABEL_RUN, Container
 from cluster.errors import InputError
 from cluster.facts import NodeFacts
-from cluster.fleet import Machine, ask_facts, closing, connect, each
+from cluster.fleet import Answers, Machine, ask_facts, closing, connect, each
 from cluster.inventory import Inventory
 from launcher import checks, render
 from launcher.image import Progress
@@ -77,8 +77,8 @@ class Seen:
     digests: Mapping[str, str | None]
 
 
-def look(now: Session, *, tag: str) -> Seen:
-    """Ask every node everything at once; all must answer."""
+def look(now: Session, *, tag: str, keep: bool = True) -> Seen:
+    """Ask every node everything at once; all must answer. With `keep` the facts are remembered."""
     inventory = now.inventory
     nodes = {node.name: node for node in inventory.nodes}
 
@@ -91,11 +91,12 @@ def look(now: Session, *, tag: str) -> Seen:
         )
         if facts.docker.error and inventory.engine == "docker":
             return facts, (), None  # the findings will say so, beside whatever else is wrong
-        return facts, machine.engine.find({LABEL_CLUSTER: inventory.name}), machine.engine.image_id(tag)
+        return facts, machine.engine.find(ours(now, machine)), machine.engine.image_id(tag) if tag else None
 
     asked = each(now.machines, ask, deadline=LOOK_DEADLINE).all_or_raise()
     facts = {node: one for node, (one, _, _) in asked.items()}
-    now.memory.save_facts(facts)
+    if keep:
+        now.memory.save_facts(facts)
     return Seen(
         facts=facts,
         found={node: containers for node, (_, containers, _) in asked.items()},
@@ -103,15 +104,19 @@ def look(now: Session, *, tag: str) -> Seen:
     )
 
 
-def find_ours(now: Session, *, run: str | None = None) -> Mapping[str, tuple[Container, ...]]:
-    """Our containers on every node, by label alone; with `run` only that run's."""
-    labels = {LABEL_CLUSTER: now.inventory.name, **({LABEL_RUN: run} if run else {})}
+def ours(now: Session, machine: Machine, **labels: str) -> dict[str, str]:
+    """The labels by which a machine's containers are ours: this cluster's, started by the user that we are there."""
+    return {LABEL_CLUSTER: now.inventory.name, LABEL_OWNER: machine.transport.user, **labels}
+
+
+def find_ours(now: Session, *, run: str | None = None) -> Answers[tuple[Container, ...]]:
+    """Our containers on every node, by label alone; with `run` only that run's. Silence is an answer, too."""
 
     def ask(machine: Machine) -> tuple[Container, ...]:
         machine.transport.open()
-        return machine.engine.find(labels)
+        return machine.engine.find(ours(now, machine, **({LABEL_RUN: run} if run else {})))
 
-    return each(now.machines, ask, deadline=30).all_or_raise()
+    return each(now.machines, ask, deadline=LOOK_DEADLINE)
 
 
 def live_run(found: Mapping[str, tuple[Container, ...]]) -> str | None:

@@ -11,7 +11,6 @@ import click
 from cluster.errors import InputError
 from launcher.cli.options import (
     cluster_option,
-    grace_option,
     ignore_option,
     json_option,
     launcher,
@@ -110,10 +109,9 @@ def up(cluster: str | None, engine: str | None, ignore: tuple[str, ...], *, dry_
     from launcher import converge
     from launcher.views import text
 
-    with opened(cluster, engine=engine) as now:
+    with opened(cluster, engine=engine, keep=not dry_run) as now:
         done, todo = converge.up(now, ignored=ignore, dry_run=dry_run)
         if not dry_run:
-            now.memory.remember(load(cluster, engine=engine)[2], engine=engine or now.memory.engine())
             memory().make_current(now.inventory.name)
     if as_json:
         show_json({**text.effective(done.plan), "todo": todo, "done": converge.told(done)})
@@ -127,9 +125,8 @@ def up(cluster: str | None, engine: str | None, ignore: tuple[str, ...], *, dry_
 
 @launcher.command()
 @cluster_option
-@grace_option
 @click.argument("name", required=False, metavar="[CLUSTER]")
-def down(cluster: str | None, name: str | None, grace: int) -> None:
+def down(cluster: str | None, name: str | None) -> None:
     """Remove every container of the cluster from every node. Checkpoints, data and logs stay.
 
     \b
@@ -139,7 +136,7 @@ def down(cluster: str | None, name: str | None, grace: int) -> None:
     from launcher import nodes as machines
 
     with opened(name or cluster) as now:
-        gone = machines.down(now, grace=grace)
+        gone = machines.down(now)
     memory().forget_current(now.inventory.name)
     count = sum(len(names) for names in gone.values())
     click.echo(f"cluster {now.inventory.name} is down: {count} container{'s' * (count != 1)} removed", err=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,18 +81,6 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
-def grace_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--grace`: how long a run may take to end by itself."""
-    return click.option(
-        "--grace",
-        type=click.IntRange(0, 3600),
-        default=5,
-        show_default=True,
-        metavar="SECONDS",
-        help="How long a run may take to end before it is killed.",
-    )(command)
-
-
 def ignore_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--ignore`: accept a finding."""
     return click.option(
@@ -122,6 +112,14 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="FILE",
             help="A DeepSpeed JSON instead of the settings above.",
         ),
+        click.option(
+            "--grace",
+            type=click.IntRange(0, 3600),
+            default=5,
+            show_default=True,
+            metavar="SECONDS",
+            help="How long the job may take to end when it is asked to.",
+        ),
         click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="Environment of the job."),
     ]
     for option in reversed(options):
@@ -143,6 +141,12 @@ def load(cluster: str | None, *, engine: str | None = None) -> tuple[Inventory, 
     known = memory()
     path = _meant(cluster, known)
     inventory = load_inventory(path, engine=engine)  # type: ignore[arg-type]
+    if cluster and not _is_file(cluster) and inventory.name != cluster:
+        raise InputError(
+            f"this file now describes the cluster {inventory.name!r}, not {cluster!r}",
+            where=str(path),
+            next_step=f"change the name back, or use -c {inventory.name}",
+        )
     remembered = known.cluster(inventory.name)
     stand_in = remembered.engine() if remembered.inventory() == path.absolute() else None
     if engine is None and stand_in:
@@ -150,8 +154,12 @@ def load(cluster: str | None, *, engine: str | None = None) -> tuple[Inventory, 
     return inventory, remembered, path
 
 
+def _is_file(cluster: str) -> bool:
+    return Path(cluster).is_file() or "/" in cluster or cluster.endswith((".yaml", ".yml"))
+
+
 def _meant(cluster: str | None, known: Memory) -> Path:
-    if cluster and (Path(cluster).is_file() or "/" in cluster or cluster.endswith((".yaml", ".yml"))):
+    if cluster and _is_file(cluster):
         return Path(cluster)
     if not cluster and Path("cluster.yaml").exists():
         return Path("cluster.yaml")
@@ -169,14 +177,14 @@ def _meant(cluster: str | None, known: Memory) -> Path:
 
 
 @contextlib.contextmanager
-def opened(cluster: str | None, *, engine: str | None = None) -> Iterator[Session]:
-    """A session with the cluster that is meant."""
+def opened(cluster: str | None, *, engine: str | None = None, keep: bool = False) -> Iterator[Session]:
+    """A session with the cluster that is meant; with `keep` it is remembered where the inventory is, and the engine."""
     from launcher.session import session
     from launcher.views.live import Teller
 
     inventory, remembered, path = load(cluster, engine=engine)
-    if not remembered.inventory():
-        remembered.remember(path, engine=engine)
+    if keep:
+        remembered.remember(path, engine=engine or remembered.engine())
     with session(inventory, remembered, Teller()) as now:
         yield now
 
@@ -204,13 +212,21 @@ def read_job(asked: dict[str, Any], *, script: str, args: tuple[str, ...]) -> Jo
         precision=asked["precision"],
         config=config,
         env=read_variables(asked["variables"]),
+        grace=asked["grace"],
     )
+
+
+def quit_with_reader() -> None:
+    """Who only watches ends quietly when nobody reads any more, as `tail -f` does."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def log_view(nodes: list[str], *, rank: int | None = None, since: str = "") -> Any:
     """Log lines on standard output."""
     from launcher.views.live import LogView
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a job's words must not end its watch
     return LogView(nodes, out=sys.stdout, colour=sys.stdout.isatty(), rank=rank, since=since)
 
 

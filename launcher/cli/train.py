@@ -11,13 +11,13 @@ import click
 from cluster.errors import InputError
 from launcher.cli.options import (
     cluster_option,
-    grace_option,
     ignore_option,
     job_options,
     json_option,
     launcher,
     log_view,
     opened,
+    quit_with_reader,
     read_job,
     show_json,
 )
@@ -35,7 +35,14 @@ if TYPE_CHECKING:
 @click.option("--port", metavar="PORT|auto", help="Where the processes meet. Default: the inventory's master_port.")
 @click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A secret, from the environment.")
 @click.option("--secrets-file", type=click.Path(path_type=Path), help="NAME=VALUE lines, in place of the environment.")
-@click.option("--snapshot-limit", type=int, default=100, show_default=True, metavar="MIB", help="The code's size.")
+@click.option(
+    "--snapshot-limit",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    metavar="MIB",
+    help="The most that the code may weigh.",
+)
 @click.option("--detach", "-d", is_flag=True, help="Start it and return; launcher attach watches it.")
 @click.option("--dry-run", is_flag=True, help="Print the whole plan; change nothing.")
 @ignore_option
@@ -59,10 +66,15 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
     from launcher.views import text
 
     job = read_job(asked, script=asked["script"], args=asked["args"])
+    if str(Path.cwd()) == os.environ.get("HOME"):
+        raise InputError(
+            "the working directory is your home: all of it would be sent to every node, keys and all",
+            next_step="change to the folder of your code",
+        )
     snapshot = take(Path.cwd(), limit_bytes=asked["snapshot_limit"] << 20)
     _check_script(job.script, {entry.path for entry in snapshot.entries})
     port, any_port = _port(asked["port"])
-    with opened(cluster, engine=asked["engine"]) as now:
+    with opened(cluster, engine=asked["engine"], keep=not dry_run) as now:
         names = (*now.inventory.container.secrets, *asked["secrets"])
         secrets = read_secrets(names, environment=os.environ, file=asked["secrets_file"])
         job = _with(job, secrets=tuple(secrets))
@@ -95,15 +107,21 @@ def _run(now: Session, launch: Launch, secrets: dict[str, str], *, detach: bool,
     for note in launch.snapshot.skipped:
         now.voice.say(note)
     now.voice.say(f"run {plan.run}: {plan.world_size} processes on {count} node{'s' * (count != 1)}")
-    containers = execute.start(now, launch, record, secrets=secrets)
-    if detach:
-        now.voice.say(f"run {plan.run} goes on by itself; next: launcher attach, launcher logs -f, launcher stop")
-        if as_json:
-            show_json({"run": plan.run, "containers": containers})
-        return
-    show = log_view([node.name for node in plan.nodes])
-    with execute.leaving_on_signals():
-        _finish(now, plan.run, execute.follow(now, plan, record, containers, show=show, own=True), as_json=as_json)
+    try:
+        with execute.leaving_on_signals():
+            containers = execute.start(now, launch, record, secrets=secrets)
+            if detach:
+                now.voice.say(f"run {plan.run} goes on by itself: where a node fails, the others wait for it")
+                now.voice.say("  next: launcher attach, launcher logs -f, launcher stop")
+                if as_json:
+                    show_json({"run": plan.run, "containers": containers})
+                return
+            show = log_view([node.name for node in plan.nodes])
+            end = execute.follow(now, plan, record, containers, show=show, own=True)
+    except KeyboardInterrupt:
+        execute.abandon(now, plan)
+        raise
+    _finish(now, plan.run, end, as_json=as_json)
 
 
 def _finish(now: Session, run_id: str, end: Any, *, as_json: bool) -> NoReturn:
@@ -113,7 +131,10 @@ def _finish(now: Session, run_id: str, end: Any, *, as_json: bool) -> NoReturn:
     from launcher.views import text
 
     record = now.memory.run(run_id)
-    record.split_ranks()
+    try:
+        record.split_ranks()
+    except OSError as error:
+        now.voice.say(f"warning: no logs by rank: {error}")
     if as_json:
         show_json({"run": run_id, "code": end.code, "cause": end.cause, "logs": str(record.logs)})
     if end.code == 0:
@@ -173,6 +194,7 @@ def attach(cluster: str | None, *, as_json: bool) -> None:
     """
     from launcher import execute
 
+    quit_with_reader()
     with opened(cluster) as now:
         show = log_view([node.name for node in now.inventory.nodes])
         run_id, end = execute.attach(now, show=show)
@@ -181,8 +203,7 @@ def attach(cluster: str | None, *, as_json: bool) -> None:
 
 @launcher.command()
 @cluster_option
-@grace_option
-def stop(cluster: str | None, grace: int) -> None:
+def stop(cluster: str | None) -> None:
     """Stop the run that is under way, in order, on every node.
 
     \b
@@ -191,7 +212,7 @@ def stop(cluster: str | None, grace: int) -> None:
     from launcher import execute
 
     with opened(cluster) as now:
-        end = execute.stop(now, grace=grace)
+        end = execute.stop(now)
     click.echo(
         "no run is under way" if end is None else f"{end.cause or 'it had ended'}; nothing of it is left", err=True
     )

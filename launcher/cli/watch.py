@@ -6,7 +6,16 @@ import sys
 
 import click
 
-from launcher.cli.options import cluster_option, json_option, launcher, log_view, memory, opened, show_json
+from launcher.cli.options import (
+    cluster_option,
+    json_option,
+    launcher,
+    log_view,
+    memory,
+    opened,
+    quit_with_reader,
+    show_json,
+)
 
 
 @launcher.command()
@@ -23,15 +32,16 @@ def status(cluster: str | None, *, as_json: bool) -> None:
     from launcher.views import text
 
     with opened(cluster) as now:
-        found = session.find_ours(now)
+        answers = session.find_ours(now)
         hosts = {node.name: node.host for node in now.inventory.nodes}
-        rows = text.status_rows(found, hosts)
+        rows = text.status_rows(answers.good, hosts, lost={node: error.what for node, error in answers.bad.items()})
         runs = now.memory.runs()
         last = runs[-1].state() if runs else None
     if as_json:
         show_json({"cluster": now.inventory.name, "nodes": rows, "last_run": text.state_data(last)})
     else:
         click.echo(text.status_text(now.inventory.name, rows, last))
+    answers.all_or_raise()
 
 
 @launcher.command("ls")
@@ -75,6 +85,7 @@ def logs(cluster: str | None, since: str, rank: int | None, run_id: str | None, 
     from launcher import execute
     from launcher.views.live import read_since
 
+    quit_with_reader()
     with opened(cluster) as now:
         wanted = execute.choose_run(now, run_id)
         show = log_view([node.name for node in now.inventory.nodes], rank=rank, since=read_since(since))
@@ -105,7 +116,7 @@ def execute_(cluster: str | None, nodes: tuple[str, ...], argv: tuple[str, ...])
     raise SystemExit(1 if worst else 0)
 
 
-@launcher.command()
+@launcher.command(context_settings={"allow_interspersed_args": False})
 @cluster_option
 @click.argument("node", required=False)
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="[COMMAND]...")

@@ -20,20 +20,20 @@ Show = Callable[[str, bytes], None]
 class Mirror:
     """One node's log, from its `out` folder to `path`; `show(node, line)` hears every complete line that is new.
 
-    Every byte is written at its own place, so that several launchers may mirror the same log into the same file.
+    Begins at byte `start`, else where the mirror ends. Every byte is written at its own place, so that several
+    launchers may mirror the same log into the same file.
     """
 
-    def __init__(self, machine: Machine, *, out: str, path: Path, show: Show) -> None:
+    def __init__(self, machine: Machine, *, out: str, path: Path, show: Show, start: int | None = None) -> None:
         self._machine = machine
         self._source = f"{out}/node.log"
         self._show = show
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._rest = b""
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = path
-        path.touch()
-        self._have = path.stat().st_size
+        # Made with its first byte: a run that nobody knows leaves nothing here.
+        self._have = (path.stat().st_size if path.exists() else 0) if start is None else start
 
     def start(self) -> None:
         """Begin to follow, beside whatever else is done."""
@@ -66,6 +66,8 @@ class Mirror:
         return Command(argv=("tail", "-c", f"+{self._have + 1}", *(("-f",) if follow else ()), self._source))
 
     def _take(self, chunk: bytes) -> None:
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._path.touch()
         with self._path.open("r+b", buffering=0) as file:
             file.seek(self._have)
             while chunk:

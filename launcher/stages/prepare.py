@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 
 from cluster.command import Result, script
-from cluster.container import LABEL_CLUSTER, LABEL_NODE, LABEL_PLAN, LABEL_ROLE, Container
+from cluster.container import LABEL_PLAN, LABEL_ROLE, Container
 from cluster.errors import CommandError
 from cluster.fleet import Machine, each
 from launcher import render
@@ -57,10 +57,12 @@ def start_nodes(machines: Sequence[Machine], plan: Plan, missing: Mapping[str, N
             script(_PUT, node.host.files, node.host.checkpoints), (_archive(render.node_files(plan, node)),)
         )
         _check(machine.name, made, node.root)
-        ours = {LABEL_CLUSTER: plan.cluster, LABEL_NODE: node.name, LABEL_ROLE: render.ROLE_NODE}
-        for stale in machine.engine.find(ours):
+        spec = render.node_container(plan, node)
+        for stale in machine.engine.find(render.kin(spec)):
+            if stale.is_live and stale.labels.get(LABEL_PLAN) == spec.labels[LABEL_PLAN]:
+                return  # another `up` was faster
             machine.engine.remove(stale.id)
-        machine.engine.start(machine.engine.create(render.node_container(plan, node)))
+        machine.engine.start(machine.engine.create(spec))
 
     each([machine for machine in machines if machine.name in missing], act).all_or_raise()
 

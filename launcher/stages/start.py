@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from cluster.command import Command
 from cluster.container import (
     LABEL_CLUSTER,
-    LABEL_NODE,
     LABEL_ROLE,
     LABEL_RUN,
     Container,
@@ -60,9 +59,18 @@ def start_run(machines: Sequence[Machine], plan: Plan, secrets: Mapping[str, str
         each(machines[1:], create).all_or_raise()
         return each(machines, start).all_or_raise()
     except BaseException:
-        undo = [machine for machine in machines if machine.name in made]
-        each(undo, lambda machine: machine.engine.remove(made[machine.name]), deadline=15)
+        undo_run(machines, plan)
         raise
+
+
+def undo_run(machines: Sequence[Machine], plan: Plan) -> None:
+    """Remove this run's containers, by label: also one that was still being made when the start was given up."""
+
+    def undo(machine: Machine) -> None:
+        for one in machine.engine.find({LABEL_CLUSTER: plan.cluster, LABEL_RUN: plan.run}):
+            machine.engine.remove(one.id)
+
+    each(machines, undo, deadline=15)
 
 
 def _create(machine: Machine, spec: ContainerSpec) -> str:
@@ -70,8 +78,7 @@ def _create(machine: Machine, spec: ContainerSpec) -> str:
     try:
         return machine.engine.create(spec)
     except LockedError as taken:
-        ours = {name: spec.labels[name] for name in (LABEL_CLUSTER, LABEL_ROLE, LABEL_NODE)}
-        stale = [one for one in machine.engine.find(ours) if one.state is ContainerState.ENDED]
+        stale = [one for one in machine.engine.find(render.kin(spec)) if one.state is ContainerState.ENDED]
         for one in stale:
             machine.engine.remove(one.id)
         if not stale:

@@ -21,13 +21,13 @@ from cluster.command import Command
 from cluster.container import Container
 from cluster.errors import EngineError, Interrupted, NodeError
 from cluster.fleet import Machine, each
-from launcher import render
 from launcher.events import Emit, Failure, NodeEnded, RunEnded, StageBegan
 from launcher.stages.logs import Mirror, Show
 from launcher.state import INTERRUPTED, first_cause
 
 GRACE = 60.0  # seconds of silence before a node is given up
 RETRY = 1.0  # seconds between two attempts to reach it again
+PATIENCE = 3.0  # seconds that a node has to end what it was told to end, before a third Ctrl-C leaves it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,8 @@ class Watched:
     container: str
     out: str
     mirror: Path
+    grace: float
+    start: int = 0  # how much of the log has been shown already, in bytes
 
 
 class Detached(Interrupted):
@@ -54,14 +56,15 @@ def watch(
 ) -> RunEnded:
     """Follow the run to its end on every node, stop the others when one ends badly, and say how it ended.
 
-    `show(node, line)` hears every complete log line. When the command owns the run, Ctrl-C stops it in order and a
-    second one ends it at once; else Ctrl-C raises `Detached`. The containers are removed at the end.
+    `show(node, line)` hears every complete log line. When the command owns the run, Ctrl-C stops it in order, a second
+    one ends it at once, a third one leaves what cannot be stopped; and the containers are removed at the end. Else
+    Ctrl-C raises `Detached`, and the containers stay for their owner to see.
     """
     ends: dict[str, NodeEnded] = {}
     arrivals: queue.SimpleQueue[NodeEnded | BaseException | None] = queue.SimpleQueue()
-    followers = [Mirror(part.machine, out=part.out, path=part.mirror, show=show) for part in parts]
+    followers = [Mirror(part.machine, out=part.out, path=part.mirror, show=show, start=part.start) for part in parts]
     stopping = by_user = False
-    interrupts = 0
+    interrupts, told = 0, 0.0
     with _interrupts(arrivals):
         for part, follower in zip(parts, followers, strict=True):
             threading.Thread(target=_await, args=(part, follower, arrivals, clock), daemon=True).start()
@@ -79,18 +82,22 @@ def watch(
                 raise Detached
             if arrived is None:
                 interrupts += 1
-                if interrupts == 1:
-                    emit(StageBegan(time=clock(), stage="stop"))
+                if interrupts > 2 and time.monotonic() - told > PATIENCE:  # noqa: PLR2004 - asked, told, and not gone
+                    raise _left(parts, ends)
+                told = time.monotonic()
                 by_user = by_user or not stopping
                 stopping = True
-                _stop(parts, ends, grace=render.STOP_GRACE if interrupts == 1 else 0)
+                _stop(parts, ends, now=interrupts > 1)
+                if interrupts == 1:
+                    emit(StageBegan(time=clock(), stage="stop"))
                 continue
             ends[arrived.node] = arrived
-            emit(arrived)
             if arrived.code != 0 and not stopping:
                 stopping = True
-                _stop(parts, ends, grace=render.STOP_GRACE)
-    _clear(parts)
+                _stop(parts, ends, now=False)
+            emit(arrived)
+    if own:
+        _clear(parts)
     return _verdict(ends, interrupted=by_user, now=clock())
 
 
@@ -117,10 +124,19 @@ def _verdict(ends: Mapping[str, NodeEnded], *, interrupted: bool, now: float) ->
     return RunEnded(time=now, code=0)
 
 
-def _stop(parts: Sequence[Watched], ends: Mapping[str, NodeEnded], *, grace: float) -> None:
+def _left(parts: Sequence[Watched], ends: Mapping[str, NodeEnded]) -> Interrupted:
+    nodes = [part.machine.name for part in parts if part.machine.name not in ends]
+    return Interrupted(
+        f"left; the run could not be stopped on {', '.join(nodes)}",
+        next_step="launcher down, as soon as they answer again",
+    )
+
+
+def _stop(parts: Sequence[Watched], ends: Mapping[str, NodeEnded], *, now: bool) -> None:
     """Ask those that still run to end, all at once; their waiting threads will see the end."""
     for part in parts:
         if part.machine.name not in ends:
+            grace = 0.0 if now else part.grace
             threading.Thread(target=_stop_one, args=(part, ends, grace), daemon=True).start()
 
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from cluster.errors import InputError
@@ -70,7 +71,8 @@ class LogView:
         head = f"{node:<{self._width}} {rank:>2} |"
         if self._colour:
             head = f"\x1b[{self._colours.get(node, 0)}m{head}\x1b[0m"
-        with self._lock:
+        # BrokenPipeError: nobody reads any more; the watch goes on, and the log is kept.
+        with self._lock, suppress(BrokenPipeError):
             self._out.write(f"{head} {text}\n")
             self._out.flush()
 
@@ -152,9 +154,9 @@ def read_since(text: str, *, now: float | None = None) -> str:
     """`10m`, `2h`, `1d` ago, or a moment, as the beginning of a log's time stamp; empty for everything."""
     if not text:
         return ""
-    if match := re.fullmatch(r"(\d+)(s|m|h|d)", text):
+    if match := re.fullmatch(r"(\d{1,6})(s|m|h|d)", text):
         ago = int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-        moment = time.gmtime((time.time() if now is None else now) - ago)
+        moment = time.gmtime(max(0.0, (time.time() if now is None else now) - ago))
         return time.strftime("%Y-%m-%dT%H:%M:%S", moment)
     if re.fullmatch(r"\d{4}-\d\d-\d\d([T ]\d\d(:\d\d(:\d\d(\.\d+)?)?)?Z?)?", text):
         return text.replace(" ", "T").rstrip("Z")

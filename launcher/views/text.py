@@ -77,10 +77,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
-def status_rows(found: Mapping[str, tuple[Container, ...]], hosts: Mapping[str, str]) -> list[dict[str, Any]]:
-    """One row a node: what stands there of ours."""
-    rows = []
-    for node, containers in found.items():
+def status_rows(
+    found: Mapping[str, tuple[Container, ...]], hosts: Mapping[str, str], *, lost: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """One row a node: what stands there of ours; `lost` are those that did not answer, and why."""
+    rows: list[dict[str, Any]] = []
+    for node in hosts:
+        containers = found.get(node, ())
         idle = next((one for one in containers if one.labels.get(LABEL_ROLE) == render.ROLE_NODE), None)
         run = next((one for one in containers if one.labels.get(LABEL_ROLE) == render.ROLE_RUN), None)
         rows.append(
@@ -91,6 +94,7 @@ def status_rows(found: Mapping[str, tuple[Container, ...]], hosts: Mapping[str, 
                 "run": run.labels.get(LABEL_RUN) if run else None,
                 "state": run.state.value if run else None,
                 "code": run.code if run else None,
+                "lost": lost.get(node),
             }
         )
     return rows
@@ -102,7 +106,9 @@ def status_text(cluster: str, rows: Sequence[Mapping[str, Any]], last: RunState 
     for row in rows:
         code = f" ({row['code']})" if row["code"] is not None else ""
         run = row["run"] or "-"
-        cells.append((row["node"], row["host"], "yes" if row["up"] else "no", run, f"{row['state'] or '-'}{code}"))
+        state = f"{row['state'] or '-'}{code}"
+        up = "?" if row["lost"] else "yes" if row["up"] else "no"
+        cells.append((row["node"], row["host"], up, run, row["lost"] or state))
     lines = [f"cluster {cluster}", table(cells)]
     if last and last.run:
         lines.append(f"last run {last.run}: {state_line(last)}")

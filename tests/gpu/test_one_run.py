@@ -27,7 +27,8 @@ def test_the_example_trains_on_every_gpu(tmp_path: Path, precision: str) -> None
     del data["nodes"][0]["slots"]  # one for each GPU that is found
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({**data, "name": "gpu-ring"}))
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    environment = {**os.environ, "HOME": str(tmp_path), "LAUNCHER_STATE": str(tmp_path / ".state")}
+    (tmp_path / "home").mkdir()
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "LAUNCHER_STATE": str(tmp_path / ".state")}
 
     def launcher(*argv: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "launcher.cli", *argv]

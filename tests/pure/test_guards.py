@@ -158,7 +158,7 @@ def test_nothing_is_ever_run_by_a_shell_that_is_not_quoted_by_us() -> None:
 CLUSTER, JSON = "-c/--cluster", "--json"
 JOB = (
     *("--stage", "--offload-optimizer", "--offload-param", "--precision", "--accumulation", "--clipping"),
-    *("--ds-config", "--env"),
+    *("--ds-config", "--grace", "--env"),
 )
 COMMANDS = {
     "init": ("HOSTS", "-o/--output", "--name", "-i/--identity-file", "--yes"),
@@ -172,10 +172,10 @@ COMMANDS = {
     "ls": (JSON,),
     "logs": (CLUSTER, "-f/--follow", "--since", "--rank", "RUN_ID"),
     "attach": (CLUSTER, JSON),
-    "stop": (CLUSTER, "--grace"),
+    "stop": (CLUSTER,),
     "exec": (CLUSTER, "--node", "ARGV"),
     "shell": (CLUSTER, "NODE", "ARGV"),
-    "down": (CLUSTER, "--grace", "NAME"),
+    "down": (CLUSTER, "NAME"),
     "config show": (CLUSTER, *JOB, JSON, "NODE"),
     "image build": (
         *("--flavour", "--base", "--ca-bundle", "--pip-index", "--apt-mirror", "--wheels", "--cuda-architectures"),

@@ -44,6 +44,7 @@ def test_a_plan_is_whole() -> None:
                 slots=8,
                 address="127.0.0.1",
                 nic="lo",
+                owner="ml",
                 user="1001:1001",
                 groups=(2000,),
                 cpus=64,

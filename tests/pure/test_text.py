@@ -130,8 +130,8 @@ def test_status_is_one_row_a_node() -> None:
         "gpu-03": (idle, container("run", ContainerState.ENDED, code=1, run="run-1")),
         "gpu-04": (),
     }
-    hosts = {name: f"{name}.example" for name in found}
-    rows = text.status_rows(found, hosts)
+    hosts = {name: f"{name}.example" for name in (*found, "gpu-05")}
+    rows = text.status_rows(found, hosts, lost={"gpu-05": "connection refused"})
     assert rows[0] == {
         "node": "gpu-01",
         "host": "gpu-01.example",
@@ -139,6 +139,7 @@ def test_status_is_one_row_a_node() -> None:
         "run": "run-1",
         "state": "running",
         "code": None,
+        "lost": None,
     }
     assert text.status_text("lab", rows, None).splitlines() == [
         "cluster lab",
@@ -147,6 +148,7 @@ def test_status_is_one_row_a_node() -> None:
         "gpu-02  gpu-02.example  no   -      -",
         "gpu-03  gpu-03.example  yes  run-1  ended (1)",
         "gpu-04  gpu-04.example  no   -      -",
+        "gpu-05  gpu-05.example  ?    -      connection refused",
     ]
 
 
