@@ -157,6 +157,15 @@ class EngineContract:
         ended = engine.wait(container)
         assert (ended.id, ended.state, ended.code, ended.oom) == (container, ContainerState.ENDED, code, False)
 
+    def test_what_is_not_started_yet_has_no_end(self, engine: Engine) -> None:
+        container = engine.create(self.spec(*EXIT_3))
+        with ThreadPoolExecutor(1) as pool:
+            wait = pool.submit(engine.wait, container)
+            assert self.only(engine).state is ContainerState.CREATED
+            assert not wait.done()
+            engine.start(container)
+            assert wait.result().code == 3
+
     def test_a_program_that_is_not_there_ends_with_127(self, engine: Engine) -> None:
         container = self.begin(engine, *MISSING)
         assert engine.wait(container).code == 127

@@ -44,6 +44,11 @@ class Faults:
         """The next calls of a method each raise an error, or first do something."""
         self._due[method].extend(what)
 
+    def heal(self) -> None:
+        """Nothing goes wrong any more."""
+        with self._lock:
+            self._due.clear()
+
     def meet(self, method: str) -> None:
         """A method is called."""
         with self._lock:
@@ -188,8 +193,7 @@ class MemoryEngine:
     def wait(self, container: str) -> Container:
         self.faults.meet("wait")
         kept = self._must_have(container)
-        if kept.now.is_live:
-            kept.ended.wait()
+        kept.ended.wait()
         if kept.removed:
             raise EngineError(self.node, f"the container {container} was removed")
         return kept.now

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.container import ContainerSpec, ContainerState
-from cluster.errors import EngineError, UnreachableError, UntrustedError
+from cluster.errors import EngineError, Interrupted, UnreachableError, UntrustedError
 from cluster.fleet import Machine
 from launcher.events import Event, Failure, NodeEnded, RunEnded, StageBegan
 from launcher.stages import logs
@@ -170,11 +170,10 @@ class TestEnds:
             nodes.transports[0].files[f"{OUT}/exit.json"] = left
         assert nodes.watch() == RunEnded(time=NOW, code=1, cause="node gpu-1: exit 1: Traceback: no memory left")
 
-    def test_a_container_that_never_ran_did_not_end_well(self, tmp_path: Path) -> None:
-        nodes = Nodes(tmp_path, GOOD)
-        spec = ContainerSpec(name="next", image=nodes.engines[0].put_image(b""), argv=GOOD, labels={})
-        nodes.containers = [nodes.engines[0].create(spec)]
-        assert nodes.watch().code == 1
+    def test_who_only_watches_leaves_the_containers_to_their_owner(self, tmp_path: Path) -> None:
+        nodes = Nodes(tmp_path, GOOD, BAD)
+        assert nodes.watch(own=False).code == 1
+        assert [len(engine.find({})) for engine in nodes.engines] == [1, 1]
 
     def test_a_bug_is_heard_of(self, tmp_path: Path) -> None:
         nodes = Nodes(tmp_path, GOOD, WORK)
@@ -283,6 +282,25 @@ class TestInterrupts:
         assert nodes.watch() == RunEnded(time=NOW, code=130, cause="stopped by the user")
         assert nodes.ends["gpu-1"].code == 137
         assert nodes.events.count(StageBegan(time=NOW, stage="stop")) == 1
+
+    def test_one_more_leaves_what_cannot_be_stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stage, "PATIENCE", -1.0)
+        nodes = Nodes(tmp_path, WORK)
+
+        def fail() -> None:
+            interrupt()
+            raise UnreachableError("gpu-1", "the connection was lost")
+
+        nodes.engines[0].faults.at("wait", interrupt)
+        nodes.engines[0].faults.at("stop", *[fail] * 10_000)
+        before = signal.signal(signal.SIGINT, lambda *_: None)  # those that come after the watch has left
+        try:
+            with pytest.raises(Interrupted, match="left; the run could not be stopped on gpu-1"):
+                nodes.watch()
+        finally:
+            nodes.engines[0].faults.heal()
+            until(lambda: not [one for one in threading.enumerate() if "_stop_one" in one.name])
+            signal.signal(signal.SIGINT, before)
 
     def test_many_at_once_break_nothing(self, tmp_path: Path) -> None:
         nodes = Nodes(tmp_path, WORK, WORK)
