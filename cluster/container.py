@@ -12,6 +12,7 @@ LABEL_ROLE = "launcher.role"  # "node": idle, one per machine; "run": one launch
 LABEL_RUN = "launcher.run"
 LABEL_RANK = "launcher.rank"
 LABEL_OUT = "launcher.out"  # where on the node a run's log is
+LABEL_DETACHED = "launcher.detached"  # no command owns this run: who sees its end clears it away
 LABEL_GRACE = "launcher.grace"  # seconds that a run may take to end by itself
 LABEL_PLAN = "launcher.plan"  # fingerprint of the specification: unchanged means nothing to do
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from cluster.container import LABEL_OUT, LABEL_RUN, Container
+from cluster.container import LABEL_DETACHED, LABEL_OUT, LABEL_RUN, Container
 from cluster.errors import InputError
 from cluster.fleet import Machine, each
 from launcher import checks, render, zero
@@ -133,7 +133,7 @@ def follow(
         if node.name in containers
     ]
     record.emit(StageBegan(time=time.time(), stage="watch"))
-    end = watch(parts, emit=record.emit, show=show, own=own)
+    end = watch(parts, emit=record.emit, show=show, own=own, clear=True)
     record.emit(end)
     return end
 
@@ -263,7 +263,8 @@ def _follow_found(
         for machine in now.machines
         if machine.name in containers
     ]
-    end = watch(parts, emit=record.emit, show=show, own=own)
+    detached = any(LABEL_DETACHED in one.labels for one in containers.values())
+    end = watch(parts, emit=record.emit, show=show, own=own, clear=own or detached)
     record.emit(end)
     return end
 

@@ -37,4 +37,5 @@ class Job:
     config: str | None = None
     env: tuple[tuple[str, str], ...] = ()
     secrets: tuple[str, ...] = ()
+    detached: bool = False  # no command stays to own the run
     grace: int = 5  # seconds between asking the job to end and ending it

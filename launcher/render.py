@@ -15,6 +15,7 @@ import yaml
 
 from cluster.container import (
     LABEL_CLUSTER,
+    LABEL_DETACHED,
     LABEL_GRACE,
     LABEL_NODE,
     LABEL_OUT,
@@ -174,6 +175,7 @@ def run_container(plan: Plan, node: NodePlan) -> ContainerSpec:
             LABEL_RANK: str(node.rank),
             LABEL_OUT: node.host.out,
             LABEL_GRACE: str(plan.job.grace),
+            **({LABEL_DETACHED: "yes"} if plan.job.detached else {}),
         },
         mounts=(
             Mount(source=node.host.files, target=node.job.files),

@@ -77,7 +77,7 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
     with opened(cluster, engine=asked["engine"], keep=not dry_run) as now:
         names = (*now.inventory.container.secrets, *asked["secrets"])
         secrets = read_secrets(names, environment=os.environ, file=asked["secrets_file"])
-        job = _with(job, secrets=tuple(secrets))
+        job = _with(job, secrets=tuple(secrets), detached=detach)
         launch = execute.prepare(
             now,
             job,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from cluster.command import Result, script
 from cluster.container import LABEL_PLAN, LABEL_ROLE, Container
-from cluster.errors import CommandError
+from cluster.errors import CommandError, LockedError
 from cluster.fleet import Machine, each
 from launcher import render
 from launcher.plan import NodePlan, Plan
@@ -62,7 +62,11 @@ def start_nodes(machines: Sequence[Machine], plan: Plan, missing: Mapping[str, N
             if stale.is_live and stale.labels.get(LABEL_PLAN) == spec.labels[LABEL_PLAN]:
                 return  # another `up` was faster
             machine.engine.remove(stale.id)
-        machine.engine.start(machine.engine.create(spec))
+        try:
+            machine.engine.start(machine.engine.create(spec))
+        except LockedError as taken:
+            taken.next_step = "another user of this node has a cluster of this name: choose another name"
+            raise
 
     each([machine for machine in machines if machine.name in missing], act).all_or_raise()
 

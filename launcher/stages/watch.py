@@ -52,13 +52,19 @@ class Detached(Interrupted):
 
 
 def watch(
-    parts: Sequence[Watched], *, emit: Emit, show: Show, own: bool, clock: Callable[[], float] = time.time
+    parts: Sequence[Watched],
+    *,
+    emit: Emit,
+    show: Show,
+    own: bool,
+    clear: bool,
+    clock: Callable[[], float] = time.time,
 ) -> RunEnded:
     """Follow the run to its end on every node, stop the others when one ends badly, and say how it ended.
 
     `show(node, line)` hears every complete log line. When the command owns the run, Ctrl-C stops it in order, a second
-    one ends it at once, a third one leaves what cannot be stopped; and the containers are removed at the end. Else
-    Ctrl-C raises `Detached`, and the containers stay for their owner to see.
+    one ends it at once, a third one leaves what cannot be stopped; else Ctrl-C raises `Detached`. With `clear` the
+    containers are removed at the end; else they stay for their owner to see.
     """
     ends: dict[str, NodeEnded] = {}
     arrivals: queue.SimpleQueue[NodeEnded | BaseException | None] = queue.SimpleQueue()
@@ -96,7 +102,7 @@ def watch(
                 stopping = True
                 _stop(parts, ends, now=False)
             emit(arrived)
-    if own:
+    if clear:
         _clear(parts)
     return _verdict(ends, interrupted=by_user, now=clock())
 

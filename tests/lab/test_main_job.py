@@ -217,6 +217,37 @@ def test_ctrl_c_stops_the_run_in_order(lab: testbed.Lab, user: User) -> None:
     assert [containers(machine.name, role="run") for machine in lab.machines] == [[], [], []]
 
 
+def test_a_node_that_is_lost_does_not_keep_the_others_from_being_stopped(lab: testbed.Lab, user: User) -> None:
+    assert user.launcher("run", "--detach", "jobs/work.py").code == 0
+    lost, *others = (machine.name for machine in reversed(lab.machines))
+    with testbed.disconnect(lost):
+        status = user.launcher("status")
+        assert (status.code, status.out.count("running")) == (3, 2), status.out
+        stopped = user.launcher("stop")
+        assert (stopped.code, lost in stopped.err) == (3, True), stopped.err
+        assert [containers(name, role="run") for name in others] == [[], []]
+    assert user.launcher("stop").code == 0
+    assert containers(lost, role="run") == []
+
+
+def test_a_job_has_the_grace_that_it_was_given(user: User) -> None:
+    (user.home / "jobs/slow.py").write_text(
+        "import signal, sys, time\n"
+        "def end(*_):\n    time.sleep(8)\n    print('saved', flush=True)\n    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\nprint('ready', flush=True)\ntime.sleep(600)\n"
+    )
+    running = user.begin("run", "--grace", "40", "jobs/slow.py")
+
+    def ready() -> bool:
+        logs = (user.home / ".state").rglob("logs/*.log")
+        return sum(path.read_bytes().count(b" ready\n") for path in logs) == 6
+
+    eventually(ready, "all six processes")
+    os.killpg(running.pid, signal.SIGINT)
+    said = user.end(running)
+    assert (said.code, said.out.count("| saved")) == (130, 6), said.out + said.err
+
+
 def test_a_detached_run_is_stopped_from_outside(lab: testbed.Lab, user: User) -> None:
     assert user.launcher("run", "--detach", "jobs/work.py").code == 0
     said = user.launcher("stop")
@@ -237,9 +268,10 @@ def test_an_unchanged_file_is_never_sent_twice(user: User) -> None:
 def test_down_removes_all_that_is_ours_and_nothing_else(lab: testbed.Lab, user: User) -> None:
     image = json.loads(user.launcher("config", "show", "--json").out)["image"]
     first = lab.machines[0].name
-    testbed.run(
-        first, "docker", "run", "-d", "--name", "decoy", "--label", "launcher.cluster=other", image, "sleep", "99"
-    )
+    # The same cluster's name, and another user's: not ours.
+    labels = (f"launcher.cluster={lab.prefix}", "launcher.owner=somebody", "launcher.role=run")
+    decoy = ("--name", "decoy", *(word for label in labels for word in ("--label", label)))
+    testbed.run(first, "docker", "run", "-d", *decoy, image, "sleep", "99")
     try:
         said = user.launcher("down")
         assert said.code == 0, said.err

@@ -86,7 +86,7 @@ class Nodes:
         def show(node: str, line: bytes) -> None:
             self.lines.append((node, line))
 
-        return watch(parts, emit=self.events.append, show=show, own=own, clock=lambda: NOW)
+        return watch(parts, emit=self.events.append, show=show, own=own, clear=own, clock=lambda: NOW)
 
     @property
     def ends(self) -> Mapping[str, NodeEnded]:
