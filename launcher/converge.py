@@ -177,10 +177,13 @@ def build_here(asked: Mapping[str, object], *, flavour: str, voice: Voice) -> tu
 
 
 def plan_only(now: Session, job: Job) -> Plan:
-    """The plan by the last survey if there is one, else by a new one; changes nothing."""
+    """The plan by a new survey, or by the last one where a node does not answer; changes nothing."""
     zero.check(job, accelerator=now.inventory.accelerator)
-    facts = now.memory.load_facts()
-    tag = image_tag(now.inventory)
-    if {node.name for node in now.inventory.nodes} - set(facts):
-        facts = look(now, tag=tag).facts
-    return make_plan(now.inventory, job, facts, image=tag, run_id="RUN", code="CODE")
+    try:
+        facts = look(now, tag="").facts
+    except NodeError as error:
+        facts = now.memory.load_facts()
+        if {node.name for node in now.inventory.nodes} - set(facts):
+            raise
+        now.voice.say(f"warning: {error.where}: {error.what}; this is what the last survey found")
+    return make_plan(now.inventory, job, facts, image=image_tag(now.inventory), run_id="RUN", code="CODE")
