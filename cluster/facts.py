@@ -2,12 +2,14 @@
 
 All probes of a survey travel as one POSIX script and come back in one answer, so that a survey costs one round trip;
 nothing but `sh` is needed on the machine, and a tool that is missing there makes its fact empty, not the survey fail.
+A tool that hangs is left behind after some seconds, where the machine has `timeout`, and its probe is called stuck.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +39,10 @@ class Nic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disk:
-    """What stands at a configured path. `free` in bytes; `on_root` when it shares the root file system's device."""
+    """What stands at a configured path. `free` in bytes; `on_root` when it shares the root file system's device.
+
+    `stuck`: to look at it hangs, as on a network disk whose server is gone.
+    """
 
     path: str
     exists: bool
@@ -45,6 +50,7 @@ class Disk:
     on_root: bool = False
     writable: bool = False
     free: int = 0
+    stuck: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +92,7 @@ class System:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFacts:
-    """Everything one machine said. `clock_offset` is its clock minus ours, in seconds."""
+    """Everything one machine said. `clock_offset` is its clock minus ours, in seconds; `stuck` the probes that hang."""
 
     system: System
     gpus: tuple[Gpu, ...]
@@ -96,19 +102,25 @@ class NodeFacts:
     docker: DockerFact
     routes: Mapping[str, str]  # peer, as it was asked for -> interface that leads there
     clock_offset: float = 0.0
+    stuck: tuple[str, ...] = ()
 
     def disk(self, path: str) -> Disk:
         """The fact about a path; one that was never asked for does not exist."""
-        return next((disk for disk in self.disks if disk.path == path), Disk(path=path, exists=False))
+        unknown = Disk(path=path, exists=False, stuck="disks" in self.stuck)
+        return next((disk for disk in self.disks if disk.path == path), unknown)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A question and the pure reading of its answer. `text` sees the survey's arguments as shell variables."""
+    """A question and the pure reading of its answer. `text` sees the survey's arguments as shell variables.
+
+    `bounded`: it asks what may hang, so it gets a shell of its own and `PATIENCE`.
+    """
 
     name: str
     text: str
     read: Callable[[str], object]
+    bounded: bool = False
 
 
 def read_system(text: str) -> System:
@@ -161,12 +173,12 @@ def read_nics(text: str) -> tuple[Nic, ...]:
 
 
 def read_disks(text: str) -> tuple[Disk, ...]:
-    """Reads `dir|file|none <device> <root device> <w|-> <free KiB> <path>` lines."""
+    """Reads `dir|file|none|stuck <device> <root device> <w|-> <free KiB> <path>` lines."""
     disks = []
     for line in text.splitlines():
         kind, _, rest = line.partition(" ")
-        if kind == "none":
-            disks.append(Disk(path=rest.split(" ", 4)[4], exists=False))
+        if kind in ("none", "stuck"):
+            disks.append(Disk(path=rest.split(" ", 4)[4], exists=False, stuck=kind == "stuck"))
         elif kind in ("dir", "file"):
             device, root, mode, free, path = rest.split(" ", 4)
             disks.append(
@@ -248,6 +260,20 @@ def _integer(text: str) -> int:
     return int(match[0]) if match else 0
 
 
+PATIENCE = 5  # whole seconds for a probe that may hang; a single path gets one less, so that the others are told
+
+# How a command ends that `timeout` ended: GNU's, BusyBox's.
+_LATE = "124|143"
+
+_LOOK = """
+path=$1
+case $path in '~/'*) full=$HOME/${path#??} ;; *) full=$path ;; esac
+if [ -d "$full" ]; then kind=dir; elif [ -e "$full" ]; then kind=file; else echo "none - - - - $path"; exit; fi
+[ -w "$full" ] && mode=w || mode=-
+set -- $(df -Pk "$full" | sed -n 2p); free=$4
+echo "$kind $(stat -Lc %d "$full") $root $mode ${free:-0} $path"
+"""
+
 PROBES = (
     Probe(
         name="system",
@@ -263,6 +289,7 @@ echo "shm=$(df -Pk /dev/shm | sed -n '2s/^[^ ]* *\\([0-9]*\\).*/\\1/p')"; echo "
     Probe(
         name="gpus",
         read=read_gpus,
+        bounded=True,
         text="""
 command -v nvidia-smi >/dev/null && nvidia-smi --format=csv,noheader,nounits \\
   --query-gpu=index,name,uuid,memory.total,driver_version,compute_cap
@@ -272,16 +299,20 @@ command -v nvidia-smi >/dev/null && nvidia-smi --format=csv,noheader,nounits \\
     Probe(
         name="disks",
         read=read_disks,
-        text="""
-root=$(stat -Lc %d /)
-printf '%s\\n' "$paths" | while IFS= read -r path; do
-  [ -n "$path" ] || continue
-  case $path in '~/'*) full=$HOME/${path#??} ;; *) full=$path ;; esac
-  if [ -d "$full" ]; then kind=dir; elif [ -e "$full" ]; then kind=file; else echo "none - - - - $path"; continue; fi
-  [ -w "$full" ] && mode=w || mode=-
-  set -- $(df -Pk "$full" | sed -n 2p); free=$4
-  echo "$kind $(stat -Lc %d "$full") $root $mode ${free:-0} $path"
-done
+        bounded=True,
+        # All paths at once: several may lie on the same dead server.
+        text=f"""
+export root=$(stat -Lc %d /)
+printf '%s\\n' "$paths" | {{
+  while IFS= read -r path; do
+    [ -n "$path" ] || continue
+    {{
+      ${{limit:+timeout $((patience - 1))}} sh -c {shlex.quote(_LOOK)} sh "$path"
+      case $? in {_LATE}) echo "stuck - - - - $path" ;; esac
+    }} &
+  done
+  wait
+}}
 """,
     ),
     Probe(
@@ -292,6 +323,7 @@ done
     Probe(
         name="docker",
         read=read_docker,
+        bounded=True,
         # A container inherits its daemon's limits.
         text="""
 [ "$engine" = docker ] || exit 0
@@ -305,6 +337,7 @@ done 2>/dev/null
     Probe(
         name="routes",
         read=read_routes,
+        bounded=True,
         # `ip route get` takes no names.
         text="""
 for peer in $peers; do
@@ -320,26 +353,50 @@ done
 )
 
 _MARK = "--8<-- fact "
+_STUCK = "--8<-- stuck"
+_END = "--8<-- end"
 
 
-def survey_command(*, paths: Iterable[str], peers: Iterable[str], engine: str) -> Command:
+def survey_command(*, paths: Iterable[str], peers: Iterable[str], engine: str, patience: int = PATIENCE) -> Command:
     """One script that asks everything. `paths` to look at, `peers` (addresses or names) to find a way to."""
-    asks = "\n".join(f"printf '\\n%s\\n' '{_MARK}{probe.name}'\n( {probe.text.strip()}\n) 2>&1" for probe in PROBES)
+    asks = "\n".join(f"printf '\\n%s\\n' '{_MARK}{probe.name}'\n{_ask(probe)}" for probe in PROBES)
+    # What hangs in the kernel survives any signal and holds its output open: sed ends the answer at its last line.
+    # BusyBox's sed wants one more before it ends.
     return script(
-        f'paths=$1; peers=$2; engine=$3; exec </dev/null; export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"\n{asks}\nexit 0',
+        f"""\
+exec </dev/null
+export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin" paths="$1" peers="$2" engine="$3" patience="$4" limit=
+timeout 5 true 2>/dev/null && limit=yes
+{{
+{asks}
+printf '\\n%s\\n\\n' '{_END}'
+}} 2>&1 | sed '/^{_END}$/q'
+exit 0""",
         "\n".join(paths),
         " ".join(peers),
         engine,
+        str(patience),
     )
+
+
+def _ask(probe: Probe) -> str:
+    if not probe.bounded:
+        return f"( {probe.text.strip()}\n)"
+    # The last line keeps sh from becoming the tool itself: `timeout` would wait for one that cannot be ended.
+    text = shlex.quote(f"{probe.text.strip()}\n:")
+    return f"${{limit:+timeout $patience}} sh -c {text}\ncase $? in {_LATE}) printf '\\n%s\\n' '{_STUCK}' ;; esac"
 
 
 def read_survey(text: str, *, sent: float, received: float) -> NodeFacts:
     """Reads the script's whole answer; `sent` and `received` (our clock) bound the clock offset."""
     parts = dict(part.split("\n", 1) for part in text.split(f"\n{_MARK}")[1:] if "\n" in part)
-    answers = {probe.name: probe.read(parts.get(probe.name, "")) for probe in PROBES}
+    answers = {probe.name: probe.read(parts.get(probe.name, "").split(f"\n{_STUCK}")[0]) for probe in PROBES}
+    stuck = tuple(name for name, part in parts.items() if f"\n{_STUCK}" in part)
+    if "docker" in stuck:
+        answers["docker"] = DockerFact(error=f"docker info gives no answer within {PATIENCE} s")
     system = answers["system"]
     assert isinstance(system, System)
     # The clock was read somewhere between sending and receiving: within that window there is no skew to speak of.
     early, late = system.clock - received, system.clock - sent
     offset = early if early > 0 else late if late < 0 else 0.0
-    return NodeFacts(**answers, clock_offset=offset if system.clock else 0.0)  # type: ignore[arg-type]
+    return NodeFacts(**answers, stuck=stuck, clock_offset=offset if system.clock else 0.0)  # type: ignore[arg-type]

@@ -112,7 +112,14 @@ def _engine(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Find
 def _gpus(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:
     if inventory.accelerator != "cuda":
         return
-    if not facts.gpus:
+    if "gpus" in facts.stuck:
+        yield _error(
+            "gpu-stuck",
+            node.name,
+            "nvidia-smi gives no answer: a GPU or its driver hangs",
+            "on the node: sudo dmesg | grep -i xid says why; reboot it",
+        )
+    elif not facts.gpus:
         yield _error(
             "gpu-none", node.name, "nvidia-smi finds no GPU", "install the NVIDIA driver, or set accelerator: cpu"
         )
@@ -155,6 +162,8 @@ def _disks(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Findi
     for device in inventory.container.devices:
         yield from _exists(node, facts.disk(device), "device")
     state = facts.disk(paths_to_ask(inventory, node)[-1])
+    if state.stuck:
+        yield from _exists(node, state, "state folder")
     if state.exists and state.free < LEAST_FREE:
         yield _full(node, node_root(inventory, node, facts), state)
 
@@ -177,7 +186,14 @@ def _place(node: Node, disk: Disk, what: str, *, write: bool) -> Iterator[Findin
 
 
 def _exists(node: Node, disk: Disk, what: str) -> Iterator[Finding]:
-    if not disk.exists:
+    if disk.stuck:
+        yield _error(
+            "path-stuck",
+            node.name,
+            f"the {what} {disk.path} gives no answer: to look at it hangs",
+            "is the server there that it is mounted from? Mount it anew, or name another path",
+        )
+    elif not disk.exists:
         yield _error(
             "path-missing", node.name, f"the {what} {disk.path} does not exist", "create or mount it; we never would"
         )

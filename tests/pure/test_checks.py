@@ -93,6 +93,36 @@ TABLE: dict[str, tuple[Inventory, NodeFacts, tuple[str, str, str, str]]] = {
             "install the NVIDIA driver, or set accelerator: cpu",
         ),
     ),
+    "a GPU that hangs": (
+        ONE,
+        facts(gpus=0, stuck=("gpus",)),
+        (
+            "gpu-stuck",
+            "error",
+            "nvidia-smi gives no answer: a GPU or its driver hangs",
+            "on the node: sudo dmesg | grep -i xid says why; reboot it",
+        ),
+    ),
+    "a path that hangs": (
+        CACHE,
+        disks(given.disk("/mnt/data", exists=False, stuck=True)),
+        (
+            "path-stuck",
+            "error",
+            "the cache path /mnt/data gives no answer: to look at it hangs",
+            "is the server there that it is mounted from? Mount it anew, or name another path",
+        ),
+    ),
+    "a state folder that hangs": (
+        ONE,
+        disks(given.disk("~/.", exists=False, stuck=True)),
+        (
+            "path-stuck",
+            "error",
+            "the state folder ~/. gives no answer: to look at it hangs",
+            "is the server there that it is mounted from? Mount it anew, or name another path",
+        ),
+    ),
     "fewer GPUs than slots": (
         given.inventory(nodes=1, defaults={"slots": 8}),
         facts(gpus=7),

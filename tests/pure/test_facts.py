@@ -7,16 +7,19 @@ import getpass
 import json
 import os
 import platform
+import shutil
+import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.command import Command
-from cluster.facts import PROBES, Disk, DockerFact, Listener, NodeFacts, read_survey, survey_command
+from cluster.facts import PATIENCE, PROBES, Disk, DockerFact, Listener, NodeFacts, read_survey, survey_command
 
 FOLDER = Path(__file__).parents[1] / "facts"
 READ = {probe.name: probe.read for probe in PROBES}
@@ -47,8 +50,10 @@ def test_no_answer_is_so_odd_that_a_reader_stumbles(probe: Any, output: str) -> 
     probe.read(output)
 
 
-def ask(*, paths: tuple[str, ...] = (), peers: tuple[str, ...] = (), engine: str = "process") -> NodeFacts:
-    command = survey_command(paths=paths, peers=peers, engine=engine)
+def ask(
+    *, paths: tuple[str, ...] = (), peers: tuple[str, ...] = (), engine: str = "process", patience: int = PATIENCE
+) -> NodeFacts:
+    command = survey_command(paths=paths, peers=peers, engine=engine, patience=patience)
     sent = time.time()
     answer = subprocess.run(command.argv, capture_output=True, check=True)
     assert answer.stderr == b""
@@ -97,6 +102,69 @@ def tool(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+@pytest.mark.parametrize("tools", ["system", "busybox"])
+def test_who_hangs_is_left_behind_and_named(tools: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pids = tmp_path / "pids"
+    pids.touch()
+    # As deaf as a process that hangs in the kernel, and it holds its output open too.
+    hung = f"trap '' TERM; echo $$ >>{pids}; while :; do sleep 1; done"
+    for name in ("nvidia-smi", "docker", "getent"):
+        tool(tmp_path / name, hung)
+    if tools == "busybox":
+        monkeypatch.setenv("PATH", str(busybox(tmp_path / "busybox")))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    try:
+        facts = ask(paths=("/",), peers=("gpu-02",), engine="docker", patience=2)
+        still = [int(pid) for pid in pids.read_text().split() if Path(f"/proc/{pid}").exists()]
+    finally:
+        for pid in pids.read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+    assert facts.stuck == ("gpus", "docker", "routes")
+    assert facts.docker == DockerFact(error="docker info gives no answer within 5 s")
+    assert (facts.gpus, facts.routes, facts.disk("/").is_dir) == ((), {}, True)
+    assert len(still) == 3
+
+
+def busybox(folder: Path) -> Path:
+    """A folder of BusyBox's tools."""
+    program = shutil.which("busybox")
+    if program is None:
+        pytest.skip("no busybox here: apt-get install busybox")
+    folder.mkdir()
+    for name in subprocess.run([program, "--list"], capture_output=True, check=True, text=True).stdout.split():
+        (folder / name).symlink_to(program)
+    return folder
+
+
+def test_a_path_that_hangs_is_told_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = tmp_path / "dead"
+    dead.mkdir()
+    tool(tmp_path / "df", f'[ "$2" = "{dead}" ] && exec sleep 61.75; exec {shutil.which("df")} "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    facts = ask(paths=(str(dead), "/"), patience=2)
+    assert facts.disk(str(dead)) == Disk(path=str(dead), exists=False, stuck=True)
+    assert (facts.disk("/").is_dir, facts.stuck) == (True, ())
+
+
+def test_without_timeout_all_is_asked_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = busybox(tmp_path / "busybox")
+    (tools / "timeout").unlink()
+    tool(tools / "nvidia-smi", "echo 0, NVIDIA H100, GPU-0, 81559, 550.90.07, 9.0")
+    monkeypatch.setenv("PATH", str(tools))
+    command = survey_command(paths=("/",), peers=(), engine="process")
+    # The survey's own PATH would lead back to the machine's tools.
+    text = command.argv[2].replace(":/usr/sbin:/sbin", "")
+    answer = subprocess.run(["sh", "-c", text, *command.argv[3:]], capture_output=True, check=True)
+    facts = read_survey(answer.stdout.decode(), sent=0, received=0)
+    assert (len(facts.gpus), facts.disk("/").is_dir, facts.stuck) == (1, True, ())
+
+
+def test_where_no_path_could_be_looked_at_each_of_them_hangs() -> None:
+    facts = read_survey("\n--8<-- fact disks\n\n--8<-- stuck\n", sent=0, received=0)
+    assert facts.disk("/mnt/x") == Disk(path="/mnt/x", exists=False, stuck=True)
+
+
 def test_only_the_engine_that_is_used_is_asked() -> None:
     assert ask(engine="process").docker == DockerFact(error="docker is not installed")
 
@@ -133,5 +201,5 @@ def test_a_survey_that_breaks_off_is_read_as_far_as_it_goes() -> None:
 def test_a_survey_is_one_command_whose_arguments_cannot_be_code() -> None:
     command = survey_command(paths=("/mnt/a b", "/mnt/$(id)"), peers=("10.0.0.1", "::1"), engine="docker")
     assert command == Command(
-        argv=("sh", "-c", command.argv[2], "sh", "/mnt/a b\n/mnt/$(id)", "10.0.0.1 ::1", "docker")
+        argv=("sh", "-c", command.argv[2], "sh", "/mnt/a b\n/mnt/$(id)", "10.0.0.1 ::1", "docker", "5")
     )
