@@ -100,7 +100,16 @@ def _engine(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Find
         return
     if error := engine_error(node.name, facts.docker.error):
         yield _error("docker", node.name, f"{error.what}: {error.detail[-1]}", error.next_step or "")
-    elif inventory.accelerator == "cuda" and not any("nvidia" in name for name in facts.docker.runtimes):
+        return
+    if facts.docker.rootless and not stays_here(inventory):
+        yield _error(
+            "rootless-multinode",
+            node.name,
+            "its Docker is rootless: the host network of such a container is not the machine's, no other node "
+            "reaches it",
+            "use the system's Docker there, or `engine: process`",
+        )
+    if inventory.accelerator == "cuda" and not any("nvidia" in name for name in facts.docker.runtimes):
         yield _warning(
             "nvidia-runtime",
             node.name,

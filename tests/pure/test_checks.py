@@ -406,8 +406,22 @@ def test_every_finding_that_the_code_knows_has_its_test_here() -> None:
         and call.func.id in ("_error", "_warning")
         and isinstance(call.args[0], ast.Constant)
     }
-    others = {"address", "port-busy", "nvme-none", "memlock", "arch-differs", "driver-differs"}
+    others = {"address", "port-busy", "nvme-none", "memlock", "rootless-multinode", "arch-differs", "driver-differs"}
     assert named == {expected[0] for _, _, expected in TABLE.values()} | others
+
+
+def test_rootless_docker_is_for_one_machine_alone() -> None:
+    rootless = DockerFact(version="27.1.1", runtimes=("nvidia", "runc"), rootless=True)
+    assert findings(ONE, given.all_facts(ONE, docker=rootless)) == ()
+    two = given.inventory(nodes=2)
+    known = {**given.all_facts(two), "gpu-02": given.facts(2, docker=rootless)}
+    (found,) = findings(two, known)
+    assert (found.id, found.level) == ("rootless-multinode", "error")
+    assert str(found).splitlines() == [
+        "node gpu-02: its Docker is rootless: the host network of such a container is not the machine's, "
+        "no other node reaches it [rootless-multinode]",
+        "  next: use the system's Docker there, or `engine: process`",
+    ]
 
 
 def test_a_node_of_no_known_interface_is_not_blamed_for_its_address() -> None:
