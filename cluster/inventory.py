@@ -3,14 +3,13 @@
 Inventory ── image: ImageRecipe
           ├─ container: Container ── mounts: Mount
           ├─ defaults: NodeDefaults ── paths: Paths
-          └─ nodes: Node (NodeDefaults with a name and a host; the defaults are applied) ── access: Access
+          └─ nodes: Node (NodeDefaults with a name and a host; the defaults are applied)
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,7 +40,6 @@ from cluster.allowed import (
     Ulimits,
     Url,
     nested,
-    read_jump,
     refuse,
     repeated,
     shown,
@@ -54,17 +52,6 @@ Engine = Literal["docker", "process"]
 Accelerator = Literal["cuda", "cpu"]
 
 # --- the models: their descriptions are the schema that editors show -------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
-    """How SSH reaches a machine. What is None is left to ~/.ssh/config, and else to SSH's own defaults."""
-
-    host: str
-    port: int | None = None
-    user: str | None = None
-    identity_file: Path | None = None
-    jump: Access | None = None
 
 
 class _Model(BaseModel):
@@ -250,22 +237,6 @@ class Node(NodeDefaults):
         description="Address in the training network. Default: found by asking the node.",
         examples=["192.168.1.11"],
     )
-
-    @property
-    def access(self) -> Access:
-        """How SSH reaches it."""
-        return Access(
-            host=self.host,
-            port=self.port,
-            user=self.user,
-            identity_file=self.identity_file,
-            jump=_jump_access(self.jump) if self.jump else None,
-        )
-
-
-def _jump_access(jump: str) -> Access:
-    user, host, port = read_jump(jump)
-    return Access(host=host, port=port, user=user)
 
 
 class Inventory(_Model):

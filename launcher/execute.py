@@ -25,6 +25,7 @@ from launcher.stages.code import send_code
 from launcher.stages.logs import Mirror, Show
 from launcher.stages.prepare import put_run
 from launcher.stages.start import refuse_foreign, start_run
+from launcher.stages.tidy import tidy
 from launcher.stages.watch import Detached, Watched, watch
 
 
@@ -135,6 +136,9 @@ def follow(
     record.emit(StageBegan(time=time.time(), stage="watch"))
     end = watch(parts, emit=record.emit, show=show, own=own, clear=True)
     record.emit(end)
+    nodes = {node.name: node for node in plan.nodes}
+    # Whoever does not answer is tidied after another run.
+    each(now.machines, lambda machine: tidy(machine, nodes[machine.name]), deadline=60)
     return end
 
 

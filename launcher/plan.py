@@ -54,10 +54,6 @@ class NodePlan:
     mounts: tuple[Mount, ...]
     env: tuple[tuple[str, str], ...]
 
-    def first_process(self, nodes: tuple[NodePlan, ...]) -> int:
-        """The global rank of this node's first process."""
-        return sum(node.slots for node in nodes[: self.rank])
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 from cluster.document import read
 from cluster.errors import InputError
 from cluster.inventory import (
-    Access,
     Container,
     ImageRecipe,
     Inventory,
@@ -35,7 +34,7 @@ HOME = Path("/home/ada")
 
 
 def reading(text: str) -> Inventory:
-    return read_inventory(read(text, "/work/cluster.yaml"), home=HOME)
+    return read_inventory(read(text, "/site/cluster.yaml"), home=HOME)
 
 
 def refusal(text: str) -> list[str]:
@@ -52,10 +51,10 @@ def test_the_annotated_example_says_what_it_seems_to_say() -> None:
         name="lab",
         image=ImageRecipe(
             base="debian:bookworm-slim",
-            ca_bundle=Path("/work/certs/site.pem"),
+            ca_bundle=Path("/site/certs/site.pem"),
             pip_index="https://pypi.example/simple",
             apt_mirror="http://mirror.example/debian",
-            wheels=Path("/work/wheels"),
+            wheels=Path("/site/wheels"),
             cuda_architectures="8.0;9.0",
         ),
         container=Container(
@@ -171,22 +170,9 @@ def test_a_node_wins_over_the_defaults_key_by_key() -> None:
             jump="ml@[2001:db8::1]:23",
             env={"A": "1", "B": "3", "C": "4"},
             paths=Paths(data="/mnt/data", state="/srv/launcher"),
-            identity_file=Path("/work/keys/id"),
+            identity_file=Path("/site/keys/id"),
         ),
     )
-
-
-def test_access_is_what_ssh_needs() -> None:
-    one, two = reading(MERGED).nodes
-    assert one.access == Access(host="h1", port=2222, user="ml", jump=Access(host="bastion"))
-    assert two.access == Access(
-        host="h2",
-        port=22,
-        user="ml",
-        identity_file=Path("/work/keys/id"),
-        jump=Access(host="2001:db8::1", port=23, user="ml"),
-    )
-    assert Node(name="n3", host="h3").access == Access(host="h3")
 
 
 @pytest.mark.parametrize(
@@ -258,17 +244,17 @@ nodes:
 """
     keys = ", ".join(Inventory.model_fields)
     assert refusal(text) == [
-        "/work/cluster.yaml:1:1: name must be 2 to 41 lower-case letters, digits and '-', beginning with a letter or "
+        "/site/cluster.yaml:1:1: name must be 2 to 41 lower-case letters, digits and '-', beginning with a letter or "
         "digit; this is 'LAB'",
-        f"  /work/cluster.yaml:2:1: colour is no key; the keys here are {keys}",
-        "  /work/cluster.yaml:3:1: master_port must be at least 1024, not 80",
-        "  /work/cluster.yaml:4:23: container.ulimits.memlok is no limit; did you mean 'memlock'?",
-        "  /work/cluster.yaml:4:41: container.env.HF_TOKEN looks like a secret, and is not kept here; put the name "
+        f"  /site/cluster.yaml:2:1: colour is no key; the keys here are {keys}",
+        "  /site/cluster.yaml:3:1: master_port must be at least 1024, not 80",
+        "  /site/cluster.yaml:4:23: container.ulimits.memlok is no limit; did you mean 'memlock'?",
+        "  /site/cluster.yaml:4:41: container.env.HF_TOKEN looks like a secret, and is not kept here; put the name "
         "under container.secrets",
-        "  /work/cluster.yaml:4:60: container.env.RANK is set by the launcher; leave it out",
-        "  /work/cluster.yaml:7:5: nodes[0].hots is no key; did you mean 'host'?",
-        "  /work/cluster.yaml:8:20: nodes[0].nvme[1] must be an absolute path, not 'mnt'",
-        "  /work/cluster.yaml:8:25: nodes[0].nvme[2] must not be '/etc': it belongs to the system, and whoever writes "
+        "  /site/cluster.yaml:4:60: container.env.RANK is set by the launcher; leave it out",
+        "  /site/cluster.yaml:7:5: nodes[0].hots is no key; did you mean 'host'?",
+        "  /site/cluster.yaml:8:20: nodes[0].nvme[1] must be an absolute path, not 'mnt'",
+        "  /site/cluster.yaml:8:25: nodes[0].nvme[2] must not be '/etc': it belongs to the system, and whoever writes "
         "there owns the machine",
         "  next: configs/cluster.yaml explains every key",
     ]
@@ -406,7 +392,7 @@ def mutations(draw: st.DrawFn) -> str:
 @given(mutations())
 def test_whatever_is_done_to_an_inventory_it_is_read_or_refused(text: str) -> None:
     where, told = outcome(text)
-    assert re.fullmatch(r"|/work/cluster\.yaml:\d+:\d+", where)
+    assert re.fullmatch(r"|/site/cluster\.yaml:\d+:\d+", where)
     assert "pydantic" not in told
 
 
