@@ -186,7 +186,8 @@ def _proxy(command: str) -> socket.socket:
     with theirs:
         line = ["sh", "-c", f"exec {command}"]
         pipe = theirs.fileno()
-        process = subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        # In a session of its own: Ctrl-C is for us, and what then stops the run goes over this very connection.
+        process = subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True)
     # Reaps it when our end of the pair is closed.
     threading.Thread(target=process.wait, daemon=True).start()
     return ours

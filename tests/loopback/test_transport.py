@@ -479,6 +479,15 @@ class TestConfiguration:
         assert transport.run(Command(argv=("echo", "through"))).stdout == b"through\n"
         transport.close()
 
+    def test_a_proxy_command_does_not_hear_our_interrupts(self, site: Site, shared_sshd: Sshd) -> None:
+        noted = site.folder / "group"
+        note = f'import os; open("{noted}", "w").write(str(os.getpgrp())); '
+        site.config.write_text(f"ProxyCommand {sys.executable} -c '{note}{RELAY}' %h %p\n")
+        transport = site.reach(site.trust(site.address(shared_sshd)))
+        assert transport.run(Command(argv=("true",))).ok
+        transport.close()
+        assert noted.read_text() != str(os.getpgrp())
+
     def test_the_agent_is_asked(self, site: Site, shared_sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
         site.trust(site.address(shared_sshd))
         with agent(site.folder / "agent", site.key) as sock:
