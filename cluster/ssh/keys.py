@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from cluster.errors import UnreachableError
 from cluster.ssh.faults import try_ssh, unreachable
 from cluster.ssh.route import DEFAULT_IDENTITIES, Hop
 
+AGENT = 5.0  # seconds for an agent to list its keys
+
 
 @dataclass(frozen=True, slots=True)
 class Keys:
@@ -24,7 +28,7 @@ class Keys:
     def authenticate(self, transport: paramiko.Transport) -> None:
         """Offer the keys; called by paramiko, after the host key was verified."""
         tried: list[str] = []
-        agent = _agent()
+        agent = _agent(tried)
         try:
             for name, key in self._offers(agent, tried):
                 tried.append(name)
@@ -79,11 +83,23 @@ class Keys:
         return unreachable(self.hop, what, detail=(detail,) if detail else (), next_step=advice)
 
 
-def _agent() -> paramiko.Agent | None:
-    try:
-        return paramiko.Agent()
-    except (paramiko.SSHException, OSError):
+def _agent(tried: list[str]) -> paramiko.Agent | None:
+    """The user's agent, if it answers a first question: paramiko would wait for ever for one that hangs."""
+    path = os.environ.get("SSH_AUTH_SOCK")
+    if not path:
         return None
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(AGENT)
+            probe.connect(path)
+            probe.sendall(b"\0\0\0\x01\x0b")  # SSH_AGENTC_REQUEST_IDENTITIES
+            probe.recv(1)
+        return paramiko.Agent()
+    except (TimeoutError, BlockingIOError):
+        tried.append(f"agent (no answer within {AGENT:g} s)")
+    except (paramiko.SSHException, OSError):
+        pass
+    return None
 
 
 def _load_key(file: str, held: dict[bytes, paramiko.AgentKey]) -> paramiko.PKey | str:

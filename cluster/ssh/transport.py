@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from cluster.command import Command, Result, script
+from cluster.errors import UnreachableError
 from cluster.ssh.dial import dial
 from cluster.ssh.route import LIMITS, USER_CONFIG, Limits, route
 from cluster.ssh.session import Link, Session, wire_line
@@ -44,7 +45,9 @@ class SshTransport:
         self._address, self._ssh_config = address, ssh_config
         self._known_hosts, self._limits = known_hosts, limits
         self._links: list[Link] = []
-        self._lock = threading.Lock()
+        self._closings = 0
+        self._lock = threading.Lock()  # of the two above; never held while anything is waited for
+        self._connecting = threading.Lock()
 
     @property
     def user(self) -> str:
@@ -92,9 +95,10 @@ class SshTransport:
         return dial(stack.enter_context(self._session(line, lasting=True)), stack.close)
 
     def close(self) -> None:
-        """Let go of the machine. What runs there goes on."""
+        """Let go of the machine, without waiting for a connection that is being made. What runs there goes on."""
         with self._lock:
             links, self._links = self._links, []
+            self._closings += 1
         for link in links:
             link.close()
 
@@ -110,19 +114,34 @@ class SshTransport:
             yield session
 
     def _link(self, *, lasting: bool) -> Link:
-        with self._lock:
-            for link in [link for link in self._links if not link.alive]:
-                self._links.remove(link)
-                link.close()
-            for link in self._links:
-                if not lasting or link.lasting < LASTING_SESSIONS:
-                    break
-            else:
-                way = route(self._address, self._ssh_config, self._limits)
-                link = Link(way, self._known_hosts, self._limits)
-                self._links.append(link)
-            link.lasting += lasting
+        link = self._take(lasting=lasting)
+        if link:
             return link
+        with self._connecting:  # one at a time: on the first one's connection there may be room for the next
+            return self._take(lasting=lasting) or self._connect(lasting=lasting)
+
+    def _take(self, *, lasting: bool) -> Link | None:
+        with self._lock:
+            dead = [link for link in self._links if not link.alive]
+            self._links = [link for link in self._links if link not in dead]
+            free = (link for link in self._links if not lasting or link.lasting < LASTING_SESSIONS)
+            found = next(free, None)
+            if found:
+                found.lasting += lasting
+        for link in dead:
+            link.close()
+        return found
+
+    def _connect(self, *, lasting: bool) -> Link:
+        closings = self._closings
+        link = Link(route(self._address, self._ssh_config, self._limits), self._known_hosts, self._limits)
+        with self._lock:
+            if closings == self._closings:
+                link.lasting += lasting
+                self._links.append(link)
+                return link
+        link.close()
+        raise UnreachableError(self.node, "we closed the connection while it was made")
 
     def _let_go(self, link: Link) -> None:
         with self._lock:

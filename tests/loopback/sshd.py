@@ -48,6 +48,10 @@ class Sshd:
         """Let it hang: the kernel goes on accepting connections, nobody answers."""
         os.kill(self.process.pid, signal.SIGSTOP)
 
+    def thaw(self) -> None:
+        """Let it go on."""
+        os.kill(self.process.pid, signal.SIGCONT)
+
     def stop(self) -> None:
         """End it with every connection it has."""
         with suppress(ProcessLookupError):

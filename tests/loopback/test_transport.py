@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import paramiko
@@ -24,7 +25,7 @@ import pytest
 from cluster.command import Command, Result, script
 from cluster.errors import EngineError, InputError, UnreachableError
 from cluster.local import LocalTransport
-from cluster.ssh import Limits, SshTransport, hops
+from cluster.ssh import Limits, SshTransport, hops, keys
 from cluster.ssh.faults import MEANINGS, translate
 from cluster.ssh.route import route
 from cluster.ssh.session import wire_line
@@ -325,6 +326,36 @@ class TestFaults:
         server.freeze()
         error = failure(site.reach(address, limits=Limits(banner=0.5)))
         assert error.what == "sshd accepts the connection but says nothing"
+
+    def test_closing_does_not_wait_for_a_connection_that_is_made(self, site: Site, serve: Serve) -> None:
+        server = serve("hung")
+        transport = site.reach(site.trust(site.address(server)))
+        server.freeze()
+        with ThreadPoolExecutor(1) as pool:
+            opening = pool.submit(transport.open)
+            assert eventually(transport._connecting.locked)
+            transport.close()
+            assert not opening.done()
+            server.thaw()
+            with pytest.raises(UnreachableError, match="we closed the connection"):
+                opening.result(SOON)
+        assert transport.run(Command(argv=("true",))).ok
+        transport.close()
+
+    def test_an_agent_that_hangs_is_passed_over(
+        self, site: Site, shared_sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        address = site.trust(site.address(shared_sshd))
+        monkeypatch.setattr(keys, "AGENT", 0.2)
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(str(site.folder / "agent"))
+            silent.listen()
+            monkeypatch.setenv("SSH_AUTH_SOCK", str(site.folder / "agent"))
+            transport = site.reach(address)
+            assert transport.run(Command(argv=("true",))).ok
+            transport.close()
+            error = failure(site.reach(replace(address, identity_file="/nowhere")))
+            assert error.detail == ("tried keys: agent (no answer within 0.2 s), /nowhere (no such file)",)
 
     def test_a_server_that_drops_every_connection_is_asked_four_times(self, site: Site, shared_sshd: Sshd) -> None:
         site.trust(site.address(shared_sshd))

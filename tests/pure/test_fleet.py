@@ -145,6 +145,22 @@ def test_machines_are_let_go_of_whatever_happened() -> None:
     assert cast(Scripted, one.transport).calls == ["close", "close"]
 
 
+def test_who_hangs_at_the_end_is_left_and_the_others_are_let_go_of() -> None:
+    release, hung, other = threading.Event(), machine("gpu-01"), machine("gpu-02")
+    cast(Scripted, hung.engine).close = release.wait  # type: ignore[assignment, method-assign]
+    before = set(threading.enumerate())
+    try:
+        with closing((hung, other)):
+            pass
+        left = set(threading.enumerate()) - before
+    finally:
+        release.set()
+    for thread in left:
+        thread.join()
+    assert len(left) == 1
+    assert cast(Scripted, other.transport).calls == ["close", "close"]
+
+
 def test_facts_are_asked_for_in_one_round_trip() -> None:
     one = machine(answer=Result(code=0, stdout=b"hello\n\n--8<-- fact system\nuser=ml\n", stderr=b""))
     facts = ask_facts(one, paths=(), peers=(), engine="docker")
