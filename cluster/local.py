@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
+import json
 import os
 import pwd
 import selectors
@@ -108,7 +110,10 @@ class LocalTransport:
         return _code(process)
 
     def dial_docker(self) -> Channel:
-        """A socket of this machine's Docker Engine: DOCKER_HOST's, the system's, or the user's own (rootless)."""
+        """A socket of this machine's Docker Engine, the one that the docker command speaks to.
+
+        DOCKER_HOST's, else the chosen context's, else the system's, else the user's own (rootless).
+        """
         path = self._docker_socket()
         sock = socket.socket(socket.AF_UNIX)
         try:
@@ -122,17 +127,28 @@ class LocalTransport:
         """Do nothing: it stays here."""
 
     def _docker_socket(self) -> Path:
-        if host := os.environ.get("DOCKER_HOST"):
+        said = os.environ.get("DOCKER_HOST")
+        if host := said or self._context_host:
             scheme, _, path = host.partition("://")
             if scheme != "unix":
                 raise EngineError(
                     self.node,
-                    f"DOCKER_HOST={host} is no local socket",
-                    next_step="unset DOCKER_HOST, or list that machine as a node of its own in cluster.yaml",
+                    f"{f'DOCKER_HOST={host}' if said else f'the Docker context at {host}'} is no local socket",
+                    next_step=f"{'unset DOCKER_HOST' if said else 'docker context use default'}, or list that machine as a node of its own in cluster.yaml",
                 )
             return Path(path)
         rootless = Path(os.environ.get("XDG_RUNTIME_DIR", "/nonexistent")) / "docker.sock"
         return rootless if rootless.exists() and not DOCKER_SOCKET.exists() else DOCKER_SOCKET
+
+    @functools.cached_property
+    def _context_host(self) -> str | None:
+        """Where the docker command's own context leads; it is asked only if one has been chosen."""
+        chosen = os.environ.get("DOCKER_CONTEXT") or _configured_context()
+        if chosen in (None, "", "default"):
+            return None
+        ask = Command(argv=("docker", "context", "inspect", "--format", "{{.Endpoints.docker.Host}}"))
+        result = self.run(ask, timeout=10)
+        return result.text.strip() if result.ok else None
 
     def _no_engine(self, path: Path, error: OSError) -> EngineError:
         if isinstance(error, PermissionError):
@@ -147,6 +163,15 @@ class LocalTransport:
             detail=(f"{path}: {error.strerror}",),
             next_step="start Docker, set DOCKER_HOST to its socket, or use `engine: process`",
         )
+
+
+def _configured_context() -> str | None:
+    folder = Path(os.environ.get("DOCKER_CONFIG") or "~/.docker").expanduser()
+    try:
+        said = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return said.get("currentContext") if isinstance(said, dict) else None
 
 
 @contextmanager

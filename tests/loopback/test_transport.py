@@ -238,6 +238,35 @@ class TestLocal(TransportContract):
         with pytest.raises(EngineError, match="is no local socket"):
             LocalTransport("here").dial_docker()
 
+    @pytest.mark.parametrize("chosen", ["DOCKER_CONTEXT", "config.json"])
+    def test_the_engine_is_the_docker_commands_own(
+        self, chosen: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "engine.sock"
+        (tmp_path / "docker").write_text(f"#!/bin/sh\necho unix://{path}\n")
+        (tmp_path / "docker").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+        monkeypatch.delenv("DOCKER_HOST", raising=False)
+        if chosen == "DOCKER_CONTEXT":
+            monkeypatch.setenv("DOCKER_CONTEXT", "mine")
+        else:
+            (tmp_path / "config.json").write_text('{"currentContext": "mine"}')
+        with socket.socket(socket.AF_UNIX) as engine:
+            engine.bind(str(path))
+            engine.listen()
+            channel = LocalTransport("here").dial_docker()
+            channel.close()
+
+    def test_a_context_elsewhere_is_refused(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "docker").write_text("#!/bin/sh\necho ssh://gpu-09\n")
+        (tmp_path / "docker").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.delenv("DOCKER_HOST", raising=False)
+        monkeypatch.setenv("DOCKER_CONTEXT", "mine")
+        with pytest.raises(EngineError, match="the Docker context at ssh://gpu-09 is no local socket"):
+            LocalTransport("here").dial_docker()
+
 
 class TestSsh(TransportContract):
     @pytest.fixture
