@@ -131,10 +131,12 @@ class LocalTransport:
         if host := said or self._context_host:
             scheme, _, path = host.partition("://")
             if scheme != "unix":
+                what = f"DOCKER_HOST={host}" if said else f"the Docker context at {host}"
+                cure = "unset DOCKER_HOST" if said else "docker context use default"
                 raise EngineError(
                     self.node,
-                    f"{f'DOCKER_HOST={host}' if said else f'the Docker context at {host}'} is no local socket",
-                    next_step=f"{'unset DOCKER_HOST' if said else 'docker context use default'}, or list that machine as a node of its own in cluster.yaml",
+                    f"{what} is no local socket",
+                    next_step=f"{cure}, or list that machine as a node of its own in cluster.yaml",
                 )
             return Path(path)
         rootless = Path(os.environ.get("XDG_RUNTIME_DIR", "/nonexistent")) / "docker.sock"
