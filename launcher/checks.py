@@ -12,7 +12,6 @@ from cluster.facts import Disk, NodeFacts
 from cluster.inventory import Inventory, Node
 from launcher.plan import choose_address, node_root, slots_of, stays_here
 
-GIB = 1024**3
 # Below this a run cannot even write its logs and a small checkpoint.
 LEAST_FREE = 256 * 1024**2
 # What parameter offload pins at DeepSpeed's defaults: 5 buffers of 1e8 elements of 4 bytes.

@@ -52,7 +52,7 @@ def init(hosts: tuple[str, ...], output: Path, name: str, identity_file: str | N
 
 
 @launcher.command()
-@click.argument("cluster", required=False, metavar="[CLUSTER]")
+@click.argument("cluster", required=False, envvar="LAUNCHER_CLUSTER", metavar="[CLUSTER]")
 @click.option("--yes", is_flag=True, help="Pin without asking.")
 @click.option("--replace", is_flag=True, help="Also pin keys that have changed.")
 def trust(cluster: str | None, *, yes: bool, replace: bool) -> None:
@@ -91,7 +91,7 @@ def _agreed(question: str) -> bool:
 
 
 @launcher.command()
-@click.argument("cluster", required=False, metavar="[CLUSTER]")
+@click.argument("cluster", required=False, envvar="LAUNCHER_CLUSTER", metavar="[CLUSTER]")
 @click.option("--engine", type=click.Choice(["docker", "process"]), help="In place of the inventory's engine.")
 @click.option("--dry-run", is_flag=True, help="Print the whole plan; change nothing.")
 @ignore_option
