@@ -5,7 +5,7 @@ Usage: bootstrap.py SCRIPT [ARGUMENTS...]     (started by torchrun; arguments re
 It is not a wrapper the script could notice: `__main__`, `sys.argv`, `sys.path[0]` and tracebacks are as under
 `python SCRIPT`. It reads from the environment, and does nothing for a variable that is not set:
   LAUNCHER_PIPES        a folder of FIFOs named by local rank; standard output and error go there
-  LAUNCHER_ERRORS       a folder; an exception leaves <rank>.json there: {rank, time, type, message}
+  LAUNCHER_ERRORS       a folder; an exception leaves <rank>.json there: {rank, time, type, message, exit_code, signal}
   LAUNCHER_WORLD_SIZE   the planned number of ranks; another WORLD_SIZE is an error
   LAUNCHER_SECRETS      files (joined by os.pathsep): each becomes the variable that is its name
   LAUNCHER_NVME         paths (joined by os.pathsep) for NVMe offload, dealt out over the local ranks
@@ -147,7 +147,18 @@ def record(error: BaseException) -> None:
     if not folder:
         return
     rank = int(os.environ.get("RANK", "0"))
-    note = {"rank": rank, "time": time.time(), "type": type(error).__name__, "message": str(error)}
+    code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        code = error.code
+    note = {
+        "rank": rank,
+        "time": time.time(),
+        "type": type(error).__name__,
+        "message": str(error),
+        # What happens to this process from here on is no cause: torchrun may end it before it has left by itself.
+        "exit_code": code & 0xFF,
+        "signal": None,
+    }
     Path(folder, f"{rank}.json").write_text(json.dumps(note), encoding="utf-8")
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from launcher.stages.watch import read_exit
+from launcher.state import first_cause
+
 from .conftest import Bench, Ended
 from .test_bootstrap import ODD
 
@@ -49,9 +52,13 @@ def run(bench: Bench, script: str, *arguments: str, **settings: Any) -> Ended:
     return bench.end(bench.start(**launched(bench, script, *arguments, **settings)))
 
 
-def first_failure(ended: Ended) -> tuple[int, int, str | None, str | None]:
-    first = ended.exit["failures"][0]
-    return first["rank"], first["exit_code"], first["signal"], first["type"]
+def cause(ended: Ended) -> str:
+    """What the user is told: the agent only reports, the launcher judges."""
+    end = read_exit("node-a", json.dumps(ended.exit), now=0.0)
+    assert end is not None
+    found = first_cause({"node-a": end})
+    assert found is not None
+    return found[1]
 
 
 def test_arguments_pass_accelerate_and_torchrun_byte_for_byte(bench: Bench) -> None:
@@ -75,22 +82,20 @@ for turn in range(1000):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_rank_killed_among_others_is_the_first_cause(bench: Bench, number: signal.Signals) -> None:
     ended = run(bench, MEET.format(deed=f"os.kill(os.getpid(), {int(number)})"), ranks=2, backend="gloo")
-    assert first_failure(ended) == (1, 128 + number, number.name, None)
+    assert cause(ended) == f"node node-a, rank 1: killed by {number.name}"
     assert (ended.status, ended.exit["stopped"]) == (1, False)
-    assert f"launch: rank 1 (local rank 1) failed first: {number.name}" in ended.said("-")
     assert not [line for line in ended.said("-") if "Traceback" in line]
 
 
 def test_a_rank_that_raises_among_others_is_the_first_cause(bench: Bench) -> None:
     ended = run(bench, MEET.format(deed="raise ArithmeticError('no such number')"), ranks=2, backend="gloo")
-    assert first_failure(ended) == (1, 1, None, "ArithmeticError")
-    assert ended.exit["failures"][0]["message"] == "no such number"
+    assert cause(ended) == "node node-a, rank 1: exit 1: ArithmeticError: no such number"
 
 
 def test_a_ranks_own_exit_code_is_the_runs(bench: Bench) -> None:
     ended = run(bench, MEET.format(deed="sys.exit(42)"), ranks=2, backend="gloo")
     assert ended.status == ended.exit["code"] == 42
-    assert first_failure(ended) == (1, 42, None, "SystemExit")
+    assert cause(ended) == "node node-a, rank 1: exit 42"
 
 
 def test_a_stop_reaches_the_ranks_through_torchrun(bench: Bench) -> None:

@@ -69,12 +69,19 @@ class Dockerd:
             os.kill(int((self.folder / "exec/containerd/containerd.pid").read_text()), signal.SIGKILL)
         for left in ("pid", "exec/containerd/containerd.pid"):
             (self.folder / left).unlink(missing_ok=True)
+        self._unmount()
 
     def stop(self) -> None:
         """End it in order."""
         if self._process and self._process.poll() is None:
             self._process.terminate()
             self._process.wait(60)
+        self._unmount()
+
+    def _unmount(self) -> None:
+        """An engine mounts its data on themselves, and leaves that behind when it is killed."""
+        while subprocess.run(["umount", f"{self.folder}/data"], capture_output=True, check=False).returncode == 0:
+            pass
 
 
 class HereButThere(LocalTransport):
