@@ -58,6 +58,8 @@ CONTINUES = 0x80  # the high bits of a UTF-8 byte that is not the first of its c
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # How gloo, NCCL and sockets say that another rank went away. A killed rank's connections may close a moment before
 # its death can be seen, so time alone would blame the survivor.
+SIGNALLED = 128  # exit statuses from here on tell of a signal
+LARGEST_CODE = 126  # a shell means something else by 126 and 127
 PR_SET_CHILD_SUBREAPER = 36
 F_SETPIPE_SZ = 1031
 
@@ -103,7 +105,12 @@ def carry_out(run: dict[str, Any], *, log: Log, bell: Bell, folder: Path) -> dic
     clear_away(job, pipes=pipes, bell=bell, log=log)
     pipes.drain()
     failures = read_failures(folder, run=run)
-    return ending(run, code=job.code, started=started, stopped=stopped, failures=failures)
+    code = job.code
+    if failures and 0 < code < SIGNALLED and not stopped:
+        # torchrun's order is that of the ends it saw; the ranks' own notes know which was first.
+        own = failures[0]["exit_code"]
+        code = own if 0 < own < LARGEST_CODE else 1
+    return ending(run, code=code, started=started, stopped=stopped, failures=failures)
 
 
 def follow(job: Job, *, pipes: Pipes, bell: Bell, grace: float) -> None:
