@@ -66,6 +66,7 @@ _SYNTAX = (
     ("block collection", "this does not fit what stands before it; check the indentation and the quotes"),
     ("block mapping", "this does not fit what stands before it; check the indentation and the quotes"),
     ("undefined tag handle", "a tag ('!'); put text that begins with '!' in quotes"),
+    ("maximum nesting depth", f"more than {DEEPEST} levels inside each other"),  # libyaml 0.2.6 has a bound of its own
     ("document start", "text after the end of the document; is the indentation right?"),
 )
 

@@ -156,7 +156,7 @@ def test_what_the_parser_cannot_place_is_still_an_input_error() -> None:
 
 
 BOMBS = {
-    "deep brackets": ("[" * 500_000, "f.yaml:1:34: more than 32 levels inside each other"),
+    "deep brackets": ("[" * 500_000, "more than 32 levels inside each other"),  # where, depends on libyaml
     "deep braces": ("{a: " * 1000, "f.yaml:1:133: more than 32 levels inside each other"),
     "deep lines": (
         "".join(" " * n + "a:\n" for n in range(500)),
