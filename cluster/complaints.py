@@ -1,4 +1,4 @@
-"""From pydantic's errors to one `InputError`: where, what, and which key was meant. It judges nothing itself."""
+"""From a file's data to a model, or from pydantic's errors to one `InputError`: where, what, which key was meant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
 
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.allowed import ENV_NAME, PATTERNS, legible, nearest, shown
@@ -16,7 +19,8 @@ from cluster.errors import InputError
 # The keys of each mapping, by the key that it stands under; "" is the top.
 Keys = Mapping[str, tuple[str, ...]]
 
-NEXT_STEP = "configs/cluster.yaml explains every key"
+Model = TypeVar("Model", bound=BaseModel)
+
 _MOST_SHOWN = 20
 _PASSWORD = re.compile(r".*(?:passw(?:or)?d|passphrase|secret|token)", re.IGNORECASE)
 
@@ -45,14 +49,43 @@ _SYNONYMS = {
 }
 
 
-def input_error(errors: list[ErrorDetails], document: Document, keys: Keys) -> InputError:
+def judge(
+    document: Document,
+    model: type[Model],
+    keys: Keys,
+    *,
+    next_step: str,
+    home: Path | None = None,
+    instead: Mapping[str, object] = {},
+) -> Model:
+    """The document as a model; one `InputError` names everything that is wrong in it. `instead` replaces top keys."""
+    data = document.data
+    if not isinstance(data, dict):
+        what = "the file is empty" if data is None else "the file must be a mapping (lines of 'key: value')"
+        raise InputError(what, where=f"{document.name}:1:1", next_step=next_step)
+    context = {"folder": document.folder, "home": home or _home()}
+    try:
+        # As JSON: there pydantic's strict mode takes a list for a tuple and a mapping for a model, and nothing else.
+        return model.model_validate_json(json.dumps({**data, **instead}), context=context)
+    except ValidationError as error:
+        raise _input_error(error.errors(include_url=False), document, keys, next_step) from None
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def _input_error(errors: list[ErrorDetails], document: Document, keys: Keys, next_step: str) -> InputError:
     """All problems in the order of the file: the first is the message, the others are its detail."""
     first, *others = sorted(_without_echoes(errors, keys), key=lambda error: document.position(_place(error)))
     detail = [f"{document.where(_place(error))}: {_sentence(error, keys)}" for error in others[:_MOST_SHOWN]]
     if len(others) > _MOST_SHOWN:
         detail.append(f"and {len(others) - _MOST_SHOWN} more")
     where = document.where(_place(first))
-    return InputError(_sentence(first, keys), where=where, detail=tuple(detail), next_step=NEXT_STEP)
+    return InputError(_sentence(first, keys), where=where, detail=tuple(detail), next_step=next_step)
 
 
 def _without_echoes(errors: list[ErrorDetails], keys: Keys) -> list[ErrorDetails]:
@@ -94,6 +127,7 @@ _EXPECTED = {
     "string_type": "text",
     "path_type": "text",
     "int_type": "a whole number",
+    "float_type": "a number",
     "bool_type": "true or false",
     "tuple_type": "a list",
     "dict_type": "a mapping ('key: value')",

@@ -8,12 +8,11 @@ Inventory ── image: ImageRecipe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from cluster.allowed import (
     LAST_PORT,
@@ -44,12 +43,12 @@ from cluster.allowed import (
     repeated,
     shown,
 )
-from cluster.complaints import NEXT_STEP, input_error
+from cluster.complaints import judge
 from cluster.document import Document, Place, load
-from cluster.errors import InputError
 
 Engine = Literal["docker", "process"]
 Accelerator = Literal["cuda", "cpu"]
+NEXT_STEP = "configs/cluster.yaml explains every key"
 
 # --- the models: their descriptions are the schema that editors show -------------------------------------------------
 
@@ -360,30 +359,13 @@ def load_inventory(path: Path, *, engine: Engine | None = None) -> Inventory:
 
 def read_inventory(document: Document, *, engine: Engine | None = None, home: Path | None = None) -> Inventory:
     """Judge a document; one `InputError` names everything that is wrong in it."""
-    data = document.data
-    if not isinstance(data, dict):
-        what = "the file is empty" if data is None else "the file must be a mapping (lines of 'key: value')"
-        raise InputError(what, where=f"{document.name}:1:1", next_step=NEXT_STEP)
-    if engine:
-        data = {**data, "engine": engine}
-    context = {"folder": document.folder, "home": home or _home()}
-    try:
-        # As JSON: there pydantic's strict mode takes a list for a tuple and a mapping for a model, and nothing else.
-        return Inventory.model_validate_json(json.dumps(data), context=context)
-    except ValidationError as error:
-        raise input_error(error.errors(include_url=False), document, _KEYS) from None
+    instead = {"engine": engine} if engine else {}
+    return judge(document, Inventory, _KEYS, next_step=NEXT_STEP, home=home, instead=instead)
 
 
 def schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of the file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Inventory.model_json_schema()}
-
-
-def _home() -> Path | None:
-    try:
-        return Path.home()
-    except RuntimeError:
-        return None
 
 
 _MODELS: dict[str, type[_Model]] = {
