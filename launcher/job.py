@@ -2,24 +2,59 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Precision = Literal["no", "fp16", "bf16", "fp8"]
 Offload = Literal["none", "cpu", "nvme"]
+Way = Literal["auto", "plugin", "file"]
+Stage = Literal["auto", 0, 1, 2, 3]
+GRACE = 5  # seconds between asking a job to end and ending it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Zero:
-    """ZeRO as the plugin way says it. Stage 0 is plain multi-process training: the first rung of the ladder."""
+class Settings:
+    """How the model is trained; the names are those of the command line and of job.yaml. None: nobody said so.
 
-    stage: int = 0
-    offload_optimizer: Offload = "none"
-    offload_param: Offload = "none"
-    accumulation: int = 1
-    clipping: float | None = None  # None: the script's own business
-    init: bool | None = None  # build the model sharded; None: at stage 3
-    gather_16bit: bool | None = None  # gather weights on save; None: at stage 3
+    Sizes of buckets and groups are counts of elements, as DeepSpeed has them, not bytes.
+    """
+
+    stage: Stage | None = None  # ZeRO stage; 0 is plain multi-process training, "auto" the lowest rung that fits
+    way: Way | None = None  # how DeepSpeed is told: by plugin settings or by a file
+    offload_optimizer: Offload | None = None
+    offload_param: Offload | None = None
+    precision: Precision | None = None
+    micro_batch: int | None = None  # samples that one process sees at once
+    accumulation: int | None = None  # micro batches per step
+    clipping: float | None = None  # norm of the gradients; None: the script's own business
+    optimizer: str | None = None  # one of DeepSpeed's; None: the script's own
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    scheduler: str | None = None
+    zero3_init: bool | None = None  # build the model sharded; None: at stage 3
+    gather_16bit: bool | None = None  # gather whole 16-bit weights on save; None: at stage 3
+    reduce_bucket_size: int | None = None
+    allgather_bucket_size: int | None = None
+    prefetch_bucket_size: int | None = None
+    sub_group_size: int | None = None
+    overlap_comm: bool | None = None
+    aio: tuple[tuple[str, Any], ...] = ()  # keys of DeepSpeed's aio block
+    moe_leaf: tuple[str, ...] = ()  # classes of mixture-of-experts layers that are gathered whole
+    overrides: tuple[tuple[str, Any], ...] = ()  # any key of the DeepSpeed configuration, dotted
+
+    def given(self) -> dict[str, Any]:
+        """What somebody said, by name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if value not in (None, ())}
+
+    def over(self, below: Settings) -> Settings:
+        """These settings, and where they are silent those of `below`; pairs are merged key by key."""
+        pairs = {
+            name: tuple({**dict(getattr(below, name)), **dict(getattr(self, name))}.items())
+            for name in ("aio", "overrides")
+        }
+        return dataclasses.replace(below, **{**self.given(), **pairs})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,15 +62,16 @@ class Job:
     """One thing to run on every process of the cluster.
 
     `script` is a path relative to the snapshot's root; `args` reach it byte for byte. `config` is the text of a
-    DeepSpeed JSON (the file way): then `zero` must be left as it is, since Accelerate would ignore it.
+    DeepSpeed JSON of the user's own and `config_name` what messages call it; `settings` may fill what it leaves open.
     """
 
     script: str
     args: tuple[str, ...] = ()
-    zero: Zero = Zero()
-    precision: Precision = "no"
+    settings: Settings = Settings()
     config: str | None = None
+    config_name: str = "--ds-config"
     env: tuple[tuple[str, str], ...] = ()
     secrets: tuple[str, ...] = ()
     detached: bool = False  # no command stays to own the run
-    grace: int = 5  # seconds between asking the job to end and ending it
+    grace: int = GRACE
+    notes: tuple[str, ...] = ()  # what the user should know of how these settings came about

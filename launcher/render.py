@@ -57,7 +57,7 @@ def accelerate_config(plan: Plan, node: NodePlan) -> dict[str, object]:
     config: dict[str, object] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": _distributed_type(plan),
-        "mixed_precision": plan.job.precision,
+        "mixed_precision": plan.job.settings.precision or "no",
         "use_cpu": False,  # on CPU too: `use_cpu: true` would leave torchrun for a single process
         "num_machines": len(plan.nodes),
         "num_processes": plan.world_size,  # of the whole cluster, not of this node
@@ -67,15 +67,14 @@ def accelerate_config(plan: Plan, node: NodePlan) -> dict[str, object]:
         "main_training_function": "main",
         "debug": False,
     }
-    if plan.job.config is not None:
+    way = zero.way_of(plan.job)
+    if way == zero.FILE:
         # Everything that the DeepSpeed file says may not stand here as well: Accelerate refuses both at once.
-        config.pop("mixed_precision")
-        config["deepspeed_config"] = {
-            **zero.file_settings(),
-            "deepspeed_config_file": f"{node.job.files}/deepspeed.json",
-        }
-    elif zero.uses_deepspeed(plan.job):
-        config["deepspeed_config"] = zero.plugin_settings(plan.job.zero)
+        del config["mixed_precision"]
+        block = zero.file_settings(plan.job.settings, zero.deepspeed_config(plan.job))
+        config["deepspeed_config"] = {**block, "deepspeed_config_file": f"{node.job.files}/deepspeed.json"}
+    elif way == zero.PLUGIN:
+        config["deepspeed_config"] = zero.plugin_settings(plan.job.settings)
     return config
 
 
@@ -118,9 +117,10 @@ def environment(plan: Plan, node: NodePlan) -> dict[str, str]:
         ours["HF_HOME"] = f"{node.job.cache}/huggingface"
     if plan.accelerator == "cpu":
         ours["DS_ACCELERATOR"] = "cpu"
-    if not zero.uses_deepspeed(plan.job) and plan.job.zero.accumulation > 1:
+    accumulation = plan.job.settings.accumulation
+    if accumulation and accumulation > 1 and not zero.uses_deepspeed(plan.job):
         # The YAML has no key for it outside deepspeed_config; Accelerator() reads this.
-        ours["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(plan.job.zero.accumulation)
+        ours["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(accumulation)
     return {**ours, **dict(node.env), **dict(plan.job.env)}
 
 
@@ -140,7 +140,7 @@ def run_document(plan: Plan, node: NodePlan) -> dict[str, object]:
         "secrets": list(plan.job.secrets),
         "secrets_dir": node.job.secrets,
         "backend": "gloo" if plan.accelerator == "cpu" else None,
-        "nvme": list(node.job.nvme),
+        "nvme": list(node.job.nvme) if zero.leaves_nvme_open(plan.job) else [],
         "stop_grace": plan.job.grace,
     }
 
@@ -153,9 +153,14 @@ def files(plan: Plan, node: NodePlan) -> dict[str, str]:
         "run.json": json.dumps(run_document(plan, node), indent=2, ensure_ascii=False) + "\n",
         **{name: (inside / name).read_text() for name in INSIDE},
     }
-    if plan.job.config is not None:
-        made["deepspeed.json"] = zero.file_for_node(plan.job, node.job.nvme[0] if node.job.nvme else None)
+    if zero.way_of(plan.job) == zero.FILE:
+        made["deepspeed.json"] = zero.file_for_node(plan.job, first_nvme(node))
     return made
+
+
+def first_nvme(node: NodePlan) -> str | None:
+    """The NVMe path of local rank 0; where there are several, the bootstrap deals them out."""
+    return node.job.nvme[0] if node.job.nvme else None
 
 
 def to_yaml(config: Mapping[str, object]) -> str:

@@ -1,193 +1,398 @@
-"""ZeRO settings -> what Accelerate and DeepSpeed will really be told; and the settings that cannot be meant.
+"""Settings -> what Accelerate and DeepSpeed will really be told; and the settings that cannot be meant.
 
 Two ways lead to DeepSpeed: plugin settings (the `deepspeed_config` block of the Accelerate YAML), and a DeepSpeed
-JSON. Both are rendered here. Keys: https://huggingface.co/docs/accelerate/usage_guides/deepspeed and
-https://www.deepspeed.ai/docs/config-json/.
+JSON. Both say the same thing here: `deepspeed_config` is what DeepSpeed is told either way. Keys:
+https://huggingface.co/docs/accelerate/usage_guides/deepspeed and https://www.deepspeed.ai/docs/config-json/.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from cluster.command import check_word
+from launcher.dsconfig import DsConfig, read
 from launcher.errors import PlanError
-from launcher.job import Job, Zero
+from launcher.job import Job, Settings
 
 STAGES = (0, 1, 2, 3)
+GRADIENTS, PARAMETERS = 2, 3  # the first ZeRO stage that shards them
+OFFLOADS = ("offload_optimizer", "offload_param")
+PLUGIN, FILE, PLAIN = "plugin", "file", "plain"
+
+# What each setting is called in DeepSpeed's configuration; precision, optimizer, scheduler and aio are blocks.
+KEYS = {
+    "stage": "zero_optimization.stage",
+    "offload_optimizer": "zero_optimization.offload_optimizer.device",
+    "offload_param": "zero_optimization.offload_param.device",
+    "gather_16bit": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "reduce_bucket_size": "zero_optimization.reduce_bucket_size",
+    "allgather_bucket_size": "zero_optimization.allgather_bucket_size",
+    "prefetch_bucket_size": "zero_optimization.stage3_prefetch_bucket_size",
+    "sub_group_size": "zero_optimization.sub_group_size",
+    "overlap_comm": "zero_optimization.overlap_comm",
+    "micro_batch": "train_micro_batch_size_per_gpu",
+    "accumulation": "gradient_accumulation_steps",
+    "clipping": "gradient_clipping",
+    "optimizer": "optimizer.type",
+    "learning_rate": "optimizer.params.lr",
+    "weight_decay": "optimizer.params.weight_decay",
+    "scheduler": "scheduler.type",
+}
+# Settings for which the Accelerate YAML has no key: they need a DeepSpeed file.
+FILE_ONLY = (
+    *("micro_batch", "optimizer", "learning_rate", "weight_decay", "scheduler", "reduce_bucket_size"),
+    *("allgather_bucket_size", "prefetch_bucket_size", "sub_group_size", "overlap_comm", "aio", "overrides"),
+)
+# Settings that travel beside a DeepSpeed file, since they are Accelerate's own.
+BESIDE_FILE = ("zero3_init", "moe_leaf")
+# The first ZeRO stage at which a setting has any effect.
+NEEDS = {
+    **dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "overlap_comm"), 1),
+    **dict.fromkeys(("zero3_init", "gather_16bit", "prefetch_bucket_size", "sub_group_size", "moe_leaf"), PARAMETERS),
+}
+LEAST_ONE = (
+    *("micro_batch", "accumulation", "reduce_bucket_size", "allgather_bucket_size", "prefetch_bucket_size"),
+    "sub_group_size",
+)
+
+# Our name -> DeepSpeed's type (deepspeed.runtime.engine._configure_basic_optimizer). FusedAdam and CPUAdam are what
+# Adam becomes on the GPU and where the optimizer is offloaded.
+OPTIMIZERS = {
+    **{
+        name: name for name in ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD", "SGD")
+    },
+    "FusedAdam": "AdamW",
+    "CPUAdam": "AdamW",
+}
+REMOVED = ("OneBitAdam", "OneBitLamb", "ZeroOneAdam")  # DeepSpeed 0.19.8 has no trace of them any more
+# A scheduler's parameters that Accelerate fills from the script's DummyScheduler.
+SCHEDULERS: Mapping[str, tuple[str, ...]] = {
+    "WarmupLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"),
+    "WarmupDecayLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"),
+    "WarmupCosineLR": ("warmup_num_steps", "total_num_steps"),
+    "OneCycle": (),
+    "LRRangeTest": (),
+}
+
+
+def option(setting: str) -> str:
+    """What a setting is called on the command line."""
+    return "--set" if setting == "overrides" else f"--{setting.replace('_', '-')}"
+
+
+# --- which way -------------------------------------------------------------------------------------------------------
+
+
+def way_of(job: Job) -> Literal["plain", "plugin", "file"]:
+    """How the job is told of DeepSpeed, if at all: if plain multi-process training works, no ZeRO."""
+    settings = job.settings
+    sharded = settings.stage not in (None, 0)
+    given = settings.given()
+    if not sharded:
+        given.pop("micro_batch", None)  # by itself no reason for DeepSpeed: the script has its own word for it
+    if job.config is not None or settings.way == FILE or any(name in given for name in FILE_ONLY):
+        return "file"
+    return "plugin" if settings.way == PLUGIN or sharded else "plain"
 
 
 def uses_deepspeed(job: Job) -> bool:
-    """Whether the job needs DeepSpeed at all: if plain multi-process training works, no ZeRO."""
-    return job.config is not None or job.zero.stage > 0
+    """Whether the job needs DeepSpeed at all."""
+    return way_of(job) != PLAIN
 
 
-def plugin_settings(zero: Zero) -> dict[str, object]:
+# --- what both ways say ----------------------------------------------------------------------------------------------
+
+
+def effective(job: Job, *, nvme: str | None = None) -> DsConfig:
+    """What DeepSpeed is told, by whichever way, before Accelerate fills the "auto" that are left; and who said it.
+
+    `nvme` is the path for offloading where the job leaves it open. `PlanError` where a setting contradicts a file.
+    """
+    config = read_file(job) if job.config is not None else DsConfig(name="", data=_SKELETON, places={})
+    for setting, key, value in _said(job):
+        config = _filled(config, setting, key, value, job=job)
+    for key, value in job.settings.overrides:
+        config = config.put(tuple(key.split(".")), value, where=f"--set {key}")
+    for part in OFFLOADS:
+        block = value_at(config.data, f"zero_optimization.{part}")
+        if nvme and isinstance(block, Mapping) and is_open(block):
+            config = config.put(("zero_optimization", part, "nvme_path"), nvme, where="nvme of the inventory")
+    return config
+
+
+def deepspeed_config(job: Job, *, nvme: str | None = None) -> dict[str, Any]:
+    """The data of `effective`."""
+    return dict(effective(job, nvme=nvme).data)
+
+
+# What Accelerate's plugin says of itself when nobody says anything.
+_SKELETON: Mapping[str, Any] = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": 1,
+    "zero_optimization": {
+        "stage": 0,
+        "offload_optimizer": {"device": "none"},
+        "offload_param": {"device": "none"},
+        "stage3_gather_16bit_weights_on_model_save": False,
+    },
+}
+
+
+def _said(job: Job) -> Iterator[tuple[str, str, Any]]:
+    """The settings under DeepSpeed's keys, (setting, dotted key, value); without a file also what follows from them."""
+    settings = job.settings
+    given = settings.given()
+    if settings.clipping == 0:
+        del given["clipping"]  # DeepSpeed's own default, and Accelerate leaves it out
+    if settings.optimizer:
+        given["optimizer"] = OPTIMIZERS.get(settings.optimizer, settings.optimizer)
+    if job.config is None:
+        given = {**_implied(settings), **given}
+    yield from ((name, KEYS[name], given[name]) for name in KEYS if name in given)
+    if settings.scheduler and job.config is None:
+        names = SCHEDULERS.get(settings.scheduler, ())
+        yield from (("scheduler", f"scheduler.params.{name}", "auto") for name in names)
+    yield from (("precision", key, value) for key, value in _precision(job))
+    yield from (("aio", f"aio.{name}", value) for name, value in settings.aio)
+
+
+def _implied(settings: Settings) -> dict[str, Any]:
+    implied: dict[str, Any] = {}
+    if settings.stage == PARAMETERS:
+        implied["gather_16bit"] = True
+    if settings.optimizer:  # "auto" is what the script's DummyOptim says
+        implied |= {"learning_rate": "auto", "weight_decay": "auto"}
+    return implied
+
+
+def _precision(job: Job) -> Iterator[tuple[str, Any]]:
+    """As `DeepSpeedPlugin.set_mixed_precision` does it."""
+    precision = job.settings.precision
+    if precision in ("fp16", "bf16"):
+        yield f"{precision}.enabled", True
+    if precision == "fp16" and job.config is None:
+        yield "fp16.auto_cast", True
+    if precision == "no" and job.config is not None:
+        yield from ((f"{block}.enabled", False) for block in ("fp16", "bf16") if block in read_file(job).data)
+
+
+def _filled(config: DsConfig, setting: str, key: str, value: object, *, job: Job) -> DsConfig:
+    """With a value where the file leaves it open; what the file says itself, no setting may contradict."""
+    path = tuple(key.split("."))
+    found = value_at(config.data, key)
+    if job.config is not None and found not in (None, "auto", value):
+        raise PlanError(
+            f"the file says {json.dumps(found)} for {key}, and {option(setting)} says {json.dumps(value)}",
+            where=config.where(path),
+            next_step=f'leave one of them out, write "auto" into the file, or insist: --set {key}={json.dumps(value)}',
+        )
+    return config.put(path, value, where=option(setting))
+
+
+def value_at(config: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key, None where there is none."""
+    found: Any = config
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def is_open(block: Mapping[str, Any]) -> bool:
+    """Whether an offload block goes to NVMe and leaves open to which path."""
+    return block.get("device") == "nvme" and block.get("nvme_path") in (None, "auto")
+
+
+# --- the plugin way --------------------------------------------------------------------------------------------------
+
+
+def plugin_settings(settings: Settings) -> dict[str, object]:
     """The `deepspeed_config` block of the plugin way.
 
     The NVMe paths are not here: Accelerate reads them from this block and never hands them on (they travel as
     ACCELERATE_DEEPSPEED_OFFLOAD_*_NVME_PATH).
     """
-    settings: dict[str, object] = {
+    third = settings.stage == PARAMETERS
+    return {
         "deepspeed_multinode_launcher": "standard",  # anything else splits a multi-node run, silently
-        "zero_stage": zero.stage,
-        "gradient_accumulation_steps": zero.accumulation,
+        "zero_stage": settings.stage or 0,
+        "gradient_accumulation_steps": settings.accumulation or 1,
         # Left out, Accelerate fills "auto" with 1.0, and the same script trains differently than without ZeRO.
-        "gradient_clipping": zero.clipping or 0.0,
-        "offload_optimizer_device": zero.offload_optimizer,
-        "offload_param_device": zero.offload_param,
-        "zero3_init_flag": zero.stage == 3 if zero.init is None else zero.init,  # noqa: PLR2004 - ZeRO stage 3
-        "zero3_save_16bit_model": zero.stage == 3 if zero.gather_16bit is None else zero.gather_16bit,  # noqa: PLR2004
+        "gradient_clipping": settings.clipping or 0.0,
+        "offload_optimizer_device": settings.offload_optimizer or "none",
+        "offload_param_device": settings.offload_param or "none",
+        "zero3_init_flag": third if settings.zero3_init is None else settings.zero3_init,
+        "zero3_save_16bit_model": third if settings.gather_16bit is None else settings.gather_16bit,
+        **_moe_leaf(settings),
     }
-    return settings
 
 
-def file_settings() -> dict[str, object]:
+def file_settings(settings: Settings, config: Mapping[str, Any]) -> dict[str, object]:
     """The `deepspeed_config` block of the file way: everything else stands in the DeepSpeed JSON."""
-    return {"deepspeed_multinode_launcher": "standard", "zero3_init_flag": True}
+    third = value_at(config, "zero_optimization.stage") == PARAMETERS
+    return {
+        "deepspeed_multinode_launcher": "standard",
+        "zero3_init_flag": third if settings.zero3_init is None else settings.zero3_init,
+        **_moe_leaf(settings),
+    }
 
 
-def read_config(text: str, *, name: str) -> dict[str, Any]:
-    """A user's DeepSpeed JSON, or `PlanError` with its place."""
-    try:
-        config = json.loads(
-            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants, parse_float=_only_finite
-        )
-    except _BadPairError as error:
-        raise PlanError(str(error), where=name) from None
-    except json.JSONDecodeError as error:
-        raise PlanError(
-            f"this is not JSON: {error.msg}",
-            where=f"{name}:{error.lineno}:{error.colno}",
-            next_step="DeepSpeed takes strict JSON: no comments, no trailing commas",
-        ) from None
-    except RecursionError:
-        raise PlanError("this JSON is nested too deeply", where=name) from None
-    except ValueError as error:  # a number of more digits than Python reads
-        raise PlanError(f"this is not JSON: {error}", where=name) from None
-    if not isinstance(config, dict):
-        raise PlanError("a DeepSpeed configuration is a JSON object", where=name)
-    return config
+def _moe_leaf(settings: Settings) -> dict[str, object]:
+    return {"deepspeed_moe_layer_cls_names": ",".join(settings.moe_leaf)} if settings.moe_leaf else {}
 
 
-class _BadPairError(ValueError):
-    pass
+# --- the file way ----------------------------------------------------------------------------------------------------
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    seen: dict[str, object] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise _BadPairError(f"the key {key!r} stands twice; DeepSpeed would take the last one, silently")
-        seen[key] = value
-    return seen
+def read_file(job: Job) -> DsConfig:
+    """The user's own DeepSpeed JSON; `InputError` with its place."""
+    return read(job.config or "{}", name=job.config_name)
 
 
-def _only_finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise _BadPairError(f"{text[:20]} is larger than any number of a computer")
-    return number
+def file_for_node(job: Job, nvme: str | None) -> str:
+    """The DeepSpeed JSON of one node, with its NVMe path where the job leaves it open."""
+    return json.dumps(deepspeed_config(job, nvme=nvme), indent=2) + "\n"
 
 
-def _no_constants(name: str) -> object:
-    raise _BadPairError(f"{name} is not JSON")
+def needs_nvme(job: Job) -> bool:
+    """Whether anything will be swapped to NVMe."""
+    return any(block.get("device") == "nvme" for block in _offloads(job))
+
+
+def leaves_nvme_open(job: Job) -> bool:
+    """Whether the node's own NVMe paths are to be used."""
+    return any(is_open(block) for block in _offloads(job))
+
+
+def _offloads(job: Job) -> tuple[Mapping[str, Any], ...]:
+    if not uses_deepspeed(job):
+        return ()
+    found = (value_at(deepspeed_config(job), f"zero_optimization.{part}") for part in OFFLOADS)
+    return tuple(block for block in found if isinstance(block, Mapping))
+
+
+# --- what cannot be meant --------------------------------------------------------------------------------------------
 
 
 def check(job: Job, *, accelerator: str) -> None:
     """Refuse settings that contradict each other or cannot be handed on, by name, before anything starts."""
     for word in (job.script, *job.args, *(value for _, value in job.env)):
         check_word(word)
-    if job.config is not None:
-        _check_file(job)
+    _check_values(job.settings)
+    _check_way(job)
+    if job.config is None:
+        _check_stage(job)
     else:
-        _check_plugin(job.zero)
-    if job.precision == "fp16" and accelerator == "cpu":
-        raise PlanError(
-            "--precision fp16 needs a GPU", next_step="on CPU use --precision bf16, or no", where="--precision"
+        _check_file(job)
+    _check_optimizer(job)
+    deepspeed_config(job)  # a contradiction between the file and a setting raises
+    if job.settings.precision in ("fp16", "fp8") and accelerator == "cpu":
+        _refuse(
+            "precision",
+            f"{job.settings.precision} needs a GPU",
+            "on CPU use --precision bf16, or no",
         )
-    if job.precision == "fp8" and accelerator == "cpu":
-        raise PlanError("--precision fp8 needs a GPU", next_step="use --precision bf16, or no", where="--precision")
 
 
-def _check_plugin(zero: Zero) -> None:
-    if zero.stage not in STAGES:
-        raise PlanError(f"there is no ZeRO stage {zero.stage}", where="--stage", next_step="choose 0, 1, 2 or 3")
-    if zero.accumulation < 1:
-        raise PlanError(
-            f"{zero.accumulation} accumulation steps are not possible", where="--accumulation", next_step="1 or more"
-        )
-    if zero.clipping is not None and not 0 <= zero.clipping < math.inf:
-        raise PlanError(f"{zero.clipping} is no norm to clip at", where="--clipping", next_step="0 or more")
-    if zero.clipping is not None and zero.stage == 0:
-        raise PlanError(
+def _refuse(setting: str, what: str, cure: str) -> None:
+    raise PlanError(what, where=option(setting), next_step=cure)
+
+
+def _check_values(settings: Settings) -> None:
+    given = settings.given()
+    if settings.stage not in (None, "auto", *STAGES):
+        _refuse("stage", f"there is no ZeRO stage {settings.stage}", "choose 0, 1, 2, 3 or auto")
+    for name in LEAST_ONE:
+        if given.get(name, 1) < 1:
+            _refuse(name, f"{given[name]} is not possible", "1 or more")
+    for name in ("clipping", "learning_rate", "weight_decay"):
+        if not 0 <= given.get(name, 0.0) < math.inf:
+            _refuse(name, f"{given[name]} is not possible", "a number, 0 or more")
+
+
+def _check_way(job: Job) -> None:
+    given = job.settings.given()
+    if job.settings.way != PLUGIN:
+        return
+    if job.config is not None:
+        _refuse("way", "a DeepSpeed file and the plugin way exclude each other", "leave --way plugin or the file out")
+    for name in FILE_ONLY:
+        if name in given:
+            _refuse(name, "the plugin way has no word for this", "leave --way plugin out: a DeepSpeed file is made")
+
+
+def _check_stage(job: Job) -> None:
+    """Settings that would be ignored at this stage, or do something else."""
+    settings = job.settings
+    if settings.stage == "auto":
+        return  # not known yet: checked again when it is
+    stage = settings.stage or 0
+    if settings.clipping and not uses_deepspeed(job):
+        _refuse(
+            "clipping",
             "clipping from outside needs ZeRO: plain training would ignore it",
-            where="--clipping",
-            next_step="add --stage 1, 2 or 3, or clip in the script (accelerator.clip_grad_norm_)",
+            "add --stage 1, 2 or 3, or clip in the script (accelerator.clip_grad_norm_)",
         )
-    if zero.offload_optimizer != "none" and zero.stage == 0:
-        raise PlanError(
+    if settings.offload_optimizer in ("cpu", "nvme") and stage == 0:
+        _refuse(
+            "offload_optimizer",
             "offloading the optimizer needs ZeRO",
-            where="--offload-optimizer",
-            next_step="add --stage 1, 2 or 3, or leave --offload-optimizer out",
+            "add --stage 1, 2 or 3, or leave --offload-optimizer out",
         )
-    if zero.offload_optimizer == "nvme" and zero.stage != 3:  # noqa: PLR2004 - ZeRO stage 3
-        raise PlanError(
-            f"offloading the optimizer to NVMe needs ZeRO stage 3: at stage {zero.stage} DeepSpeed would use the CPU",
-            where="--offload-optimizer",
-            next_step="add --stage 3, or use --offload-optimizer cpu",
+    if settings.offload_optimizer == "nvme" and stage != PARAMETERS:
+        _refuse(
+            "offload_optimizer",
+            f"offloading the optimizer to NVMe needs ZeRO stage 3: at stage {stage} DeepSpeed would use the CPU",
+            "add --stage 3, or use --offload-optimizer cpu",
         )
-    if zero.offload_param != "none" and zero.stage != 3:  # noqa: PLR2004 - ZeRO stage 3
-        raise PlanError(
-            f"offloading the parameters needs ZeRO stage 3: at stage {zero.stage} DeepSpeed would ignore it",
-            where="--offload-param",
-            next_step="add --stage 3, or leave --offload-param out",
+    if settings.offload_param in ("cpu", "nvme") and stage != PARAMETERS:
+        _refuse(
+            "offload_param",
+            f"offloading the parameters needs ZeRO stage 3: at stage {stage} DeepSpeed would ignore it",
+            "add --stage 3, or leave --offload-param out",
         )
+    for name, least in NEEDS.items():
+        if settings.given().get(name) and stage < least:
+            _refuse(
+                name,
+                f"this has an effect from ZeRO stage {least} on, not at stage {stage}",
+                f"add --stage {least}, or leave {option(name)} out",
+            )
+    if settings.precision == "fp8" and way_of(job) == FILE:
+        _refuse("precision", "a DeepSpeed file has no word for fp8", "leave out what needs a file")
 
 
 def _check_file(job: Job) -> None:
-    if job.zero != Zero():
-        raise PlanError(
-            "a DeepSpeed file and plugin settings clash: Accelerate refuses them beside each other",
-            where="--ds-config",
-            next_step="write the stage, offload, accumulation and clipping into the file, or leave the file out",
-        )
-    if job.precision != "no":
-        raise PlanError(
-            "a DeepSpeed file and --precision clash: the file alone says in what precision DeepSpeed trains",
-            where="--ds-config",
-            next_step=f'write {{"{job.precision}": {{"enabled": true}}}} into the file, and leave --precision out',
-        )
-    config = read_config(job.config or "", name="--ds-config")
-    if "zero_optimization" not in config:
-        raise PlanError("the file has no zero_optimization", where="--ds-config", next_step='add {"stage": …}')
-    zero = _mapping(config["zero_optimization"])
-    stage = zero.get("stage", 0)
-    for part in ("offload_optimizer", "offload_param"):
-        device = _mapping(zero.get(part)).get("device", "none")
-        if device == "nvme" and stage != 3:  # noqa: PLR2004 - ZeRO stage 3
-            raise PlanError(f"zero_optimization.{part}.device nvme needs stage 3", where="--ds-config")
+    file = read_file(job)
+    if "zero_optimization" not in file.data:
+        raise PlanError("the file has no zero_optimization", where=file.where(()), next_step='add {"stage": …}')
+    if job.settings.precision == "fp8":
+        _refuse("precision", "a DeepSpeed file has no word for fp8", "leave the file out, or train in bf16")
 
 
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
+def _check_optimizer(job: Job) -> None:
+    settings = job.settings
+    for name in ("learning_rate", "weight_decay"):
+        if getattr(settings, name) is not None and settings.optimizer is None and job.config is None:
+            _refuse(name, "this is said to DeepSpeed's optimizer, and none is chosen", "add --optimizer AdamW")
+    if settings.optimizer in REMOVED:
+        _refuse("optimizer", f"DeepSpeed has removed {settings.optimizer}", "use AdamW, Lamb or Lion")
+    if settings.optimizer is not None and settings.optimizer not in OPTIMIZERS:
+        _unknown("optimizer", settings.optimizer, OPTIMIZERS)
+    if settings.scheduler is not None and settings.scheduler not in SCHEDULERS:
+        _unknown("scheduler", settings.scheduler, SCHEDULERS)
+    offloaded = value_at(deepspeed_config(job), KEYS["offload_optimizer"]) in ("cpu", "nvme")
+    if settings.optimizer == "CPUAdam" and not offloaded:
+        _refuse("optimizer", "CPUAdam is for an optimizer on the CPU", "add --offload-optimizer cpu, or use FusedAdam")
+    if settings.optimizer == "FusedAdam" and offloaded:
+        _refuse("optimizer", "FusedAdam is for an optimizer on the GPU, and it is offloaded", "use CPUAdam")
 
 
-def needs_nvme(job: Job) -> bool:
-    """Whether anything will be swapped to NVMe."""
-    if job.config is None:
-        return "nvme" in (job.zero.offload_optimizer, job.zero.offload_param)
-    zero = _mapping(read_config(job.config, name="--ds-config").get("zero_optimization"))
-    return any(_mapping(zero.get(part)).get("device") == "nvme" for part in ("offload_optimizer", "offload_param"))
-
-
-def file_for_node(job: Job, nvme: str | None) -> str:
-    """The DeepSpeed JSON of one node: the user's own, with its NVMe path filled in where the user left it open."""
-    config = read_config(job.config or "", name="--ds-config")
-    for part in ("offload_optimizer", "offload_param"):
-        block = _mapping(_mapping(config.get("zero_optimization")).get(part))
-        if nvme and block.get("device") == "nvme" and block.get("nvme_path") in (None, "auto"):
-            config["zero_optimization"][part]["nvme_path"] = nvme
-    return json.dumps(config, indent=2) + "\n"
+def _unknown(setting: str, name: str, known: Mapping[str, object]) -> None:
+    close = difflib.get_close_matches(name.lower(), {one.lower(): one for one in known}, n=1)
+    meant = next((f"; did you mean {one}?" for one in known if one.lower() in close), "")
+    _refuse(setting, f"DeepSpeed has no {setting} {name!r}{meant}", f"one of: {', '.join(known)}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cluster.errors import InputError
 from launcher.cli.options import (
     NAME,
+    Command,
     Group,
     cluster_option,
     job_options,
@@ -17,8 +20,12 @@ from launcher.cli.options import (
     launcher,
     opened,
     read_job,
+    read_text,
     show_json,
 )
+
+if TYPE_CHECKING:
+    from launcher.job import Settings
 
 
 @launcher.group(cls=Group)
@@ -26,7 +33,7 @@ def config() -> None:
     """Configurations: what accelerate and DeepSpeed will really be told."""
 
 
-@config.command("show")
+@config.command("show", cls=Command)
 @cluster_option
 @job_options
 @json_option
@@ -54,6 +61,104 @@ def config_show(cluster: str | None, node: str | None, *, as_json: bool, **asked
         return
     for one in chosen:
         click.echo(text.node_text(plan, one))
+
+
+@config.command("new", cls=Command)
+@job_options
+@click.option("--force", is_flag=True, help="Write over a file that exists.")
+@click.argument("file", type=click.Path(path_type=Path))
+def config_new(file: Path, *, force: bool, **asked: Any) -> None:
+    """Write a configuration from settings: an Accelerate YAML, or a DeepSpeed JSON where FILE ends in .json.
+
+    Without settings, on a terminal, it asks. Ready ones are in configs/.
+
+    \b
+    launcher config new zero3.yaml --stage 3 --precision bf16
+    launcher config new zero3.json --stage 3 --offload-optimizer nvme --optimizer CPUAdam
+    """
+    from launcher import convert, render, zero
+
+    if file.exists() and not force:
+        raise InputError("this file exists", where=str(file), next_step="choose another name, or add --force")
+    job = read_job(asked, script="SCRIPT", args=())
+    if not job.settings.given() and sys.stdin.isatty():
+        job = dataclasses.replace(job, settings=_ask())
+    if file.suffix == ".json":
+        job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, way="file"))
+        zero.check(job, accelerator="cuda")
+        text = zero.file_for_node(job, None)
+        unsaid = convert.unsaid_by_file(job.settings)
+    else:
+        zero.check(job, accelerator="cuda")
+        text = render.to_yaml(convert.accelerate_template(job.settings))
+        unsaid = convert.unsaid_by_plugin(job.settings)
+    if unsaid:
+        raise InputError(
+            f"such a file has no word for {', '.join(unsaid)}", where=str(file), next_step=_other_kind(file.suffix)
+        )
+    _write(file, text)
+    click.echo(f"wrote {file}; next: launcher config check {file}", err=True)
+
+
+def _ask() -> Settings:
+    """The few questions that decide most."""
+    from launcher.job import Settings
+
+    def choose(question: str, words: list[str]) -> Any:
+        return click.prompt(question, type=click.Choice(words), default=words[0], err=True)
+
+    click.echo("Take the lowest stage that works: 0 before 2, 2 before 3.", err=True)
+    stage = int(choose("ZeRO stage", ["0", "1", "2", "3"]))
+    optimizer = choose("optimizer states on", ["none", "cpu", *(["nvme"] if stage == 3 else [])]) if stage else None  # noqa: PLR2004 - ZeRO stage 3
+    param = choose("parameters on", ["none", "cpu", "nvme"]) if stage == 3 else None  # noqa: PLR2004
+    precision = choose("precision", ["bf16", "fp16", "no", "fp8"])
+    return Settings(stage=stage, offload_optimizer=optimizer, offload_param=param, precision=precision)  # type: ignore[arg-type]
+
+
+@config.command("convert")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The file. Default: standard output.")
+@click.option("--force", is_flag=True, help="Write over a file that exists.")
+@click.argument("file", type=click.Path(path_type=Path))
+def config_convert(file: Path, output: Path | None, *, force: bool) -> None:
+    """Turn an Accelerate YAML (plugin settings) into a DeepSpeed JSON, or back; says what has no word there.
+
+    \b
+    launcher config convert accelerate.yaml -o zero3.json
+    launcher config convert zero3.json
+    """
+    from launcher import convert, dsconfig, render, zero
+    from launcher.job import Job
+
+    if output is not None and output.exists() and not force:
+        raise InputError("this file exists", where=str(output), next_step="choose another name, or add --force")
+    text = read_text(file)
+    if text.lstrip().startswith("{"):
+        settings = convert.settings_of_file(dsconfig.read(text, name=str(file)))
+        made, unsaid = render.to_yaml(convert.accelerate_template(settings)), convert.unsaid_by_plugin(settings)
+        kind = "the plugin way"
+    else:
+        from cluster.document import load as load_document
+
+        settings, left = convert.settings_of_accelerate(load_document(file))
+        job = Job(script="", settings=dataclasses.replace(settings, way="file"))
+        made, unsaid = zero.file_for_node(job, None), (*convert.unsaid_by_file(settings), *left)
+        kind = "a DeepSpeed file"
+    if output is None:
+        click.echo(made, nl=False)
+    else:
+        _write(output, made)
+    for one in unsaid:
+        click.echo(f"warning: {kind} has no word for {one}", err=True)
+
+
+def _other_kind(suffix: str) -> str:
+    return "write an Accelerate YAML (.yaml) instead" if suffix == ".json" else "write a DeepSpeed JSON (.json) instead"
+
+
+def _write(file: Path, text: str) -> None:
+    from launcher.record import write_whole
+
+    write_whole(file, text)
 
 
 @launcher.group(cls=Group)

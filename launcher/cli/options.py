@@ -18,7 +18,8 @@ from launcher import __version__
 
 if TYPE_CHECKING:
     from cluster.inventory import Inventory
-    from launcher.job import Job
+    from launcher.job import Job, Settings
+    from launcher.jobfile import JobFile
     from launcher.record import ClusterMemory, Memory
     from launcher.session import Session
 
@@ -88,43 +89,115 @@ def ignore_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+class Option(click.Option):
+    """An option that stands under a heading of the help text."""
+
+    def __init__(self, *names: Any, section: str = "", **attributes: Any) -> None:
+        super().__init__(*names, **attributes)
+        self.section = section
+
+
+class Command(click.Command):
+    """A command whose help text shows its options by section; those of none come last, as `Options`."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", ""), []).append(record)
+        for name in sorted(sections, key=lambda name: not name):
+            with formatter.section(name or "Options"):
+                formatter.write_dl(sections[name])
+
+
 def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How the job is to be trained."""
+    """How the job is to be trained; the names are those of job.yaml."""
     offload = click.Choice(["none", "cpu", "nvme"])
+    count = click.IntRange(min=1)
+    zero, step, how = "ZeRO", "Steps and optimizer", "DeepSpeed in detail"
     options = [
-        click.option(
+        _option(
             "--stage",
-            type=click.Choice(["0", "1", "2", "3"]),
-            default="0",
-            show_default=True,
-            help="ZeRO stage; 0 is plain multi-process training. Take the lowest that works.",
+            type=click.Choice(["auto", "0", "1", "2", "3"]),
+            section=zero,
+            help="ZeRO stage; 0 is plain multi-process training (default). auto: the lowest rung that fits.",
         ),
-        click.option("--offload-optimizer", type=offload, default="none", help="Where the optimizer's states live."),
-        click.option("--offload-param", type=offload, default="none", help="Where the parameters live (stage 3)."),
-        click.option(
-            "--precision", type=click.Choice(["no", "fp16", "bf16", "fp8"]), default="no", help="Mixed precision."
+        _option("--offload-optimizer", type=offload, section=zero, help="Where the optimizer's states live."),
+        _option("--offload-param", type=offload, section=zero, help="Where the parameters live (stage 3)."),
+        _option("--precision", type=click.Choice(["no", "fp16", "bf16", "fp8"]), section=zero, help="Mixed precision."),
+        _option("--micro-batch", type=count, metavar="N", section=step, help="Samples that one process sees at once."),
+        _option("--accumulation", type=int, metavar="N", section=step, help="Gradient accumulation steps."),
+        _option("--clipping", type=float, metavar="NORM", section=step, help="Gradient clipping."),
+        _option(
+            "--optimizer",
+            metavar="NAME",
+            section=step,
+            help="DeepSpeed's own, in place of the script's: FusedAdam, CPUAdam, AdamW, Lion, Lamb, … The script "
+            "passes accelerate's DummyOptim.",
         ),
-        click.option("--accumulation", type=int, default=1, metavar="N", help="Gradient accumulation steps."),
-        click.option("--clipping", type=float, metavar="NORM", help="Gradient clipping."),
-        click.option(
+        _option("--learning-rate", type=float, metavar="RATE", section=step, help="Of that optimizer."),
+        _option("--weight-decay", type=float, metavar="DECAY", section=step, help="Of that optimizer."),
+        _option(
+            "--scheduler",
+            metavar="NAME",
+            section=step,
+            help="DeepSpeed's own: WarmupLR, WarmupDecayLR, WarmupCosineLR, … The script passes DummyScheduler.",
+        ),
+        _option("--way", type=click.Choice(["auto", "plugin", "file"]), section=how, help="How DeepSpeed is told."),
+        _option("--zero3-init/--no-zero3-init", default=None, section=how, help="Build the model sharded (stage 3)."),
+        _option("--gather-16bit/--no-gather-16bit", default=None, section=how, help="Gather whole weights on save."),
+        _option("--reduce-bucket-size", type=count, metavar="N", section=how, help="Elements reduced at once."),
+        _option("--allgather-bucket-size", type=count, metavar="N", section=how, help="Elements gathered at once."),
+        _option("--prefetch-bucket-size", type=count, metavar="N", section=how, help="Elements fetched ahead."),
+        _option("--sub-group-size", type=count, metavar="N", section=how, help="Elements of one optimizer step."),
+        _option("--overlap-comm/--no-overlap-comm", default=None, section=how, help="Reduce during the backward pass."),
+        _option("--aio", multiple=True, metavar="KEY=VALUE", section=how, help="A key of the aio block (NVMe)."),
+        _option("--moe-leaf", multiple=True, metavar="CLASS", section=how, help="MoE layers that are gathered whole."),
+        _option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            section=how,
+            help="Any key of the DeepSpeed configuration, such as zero_optimization.overlap_comm=true.",
+        ),
+        _option(
             "--ds-config",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="A DeepSpeed JSON instead of the settings above.",
+            section=how,
+            help="A DeepSpeed JSON of your own; the settings above fill what it leaves open.",
         ),
-        click.option(
+        _option(
+            "--accelerate-config",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            section=how,
+            help="Take the settings of an Accelerate YAML of your own.",
+        ),
+        _option(
+            "--job",
+            "job_file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="A job file (job.yaml) with any of these settings; what is said here wins.",
+        ),
+        _option(
             "--grace",
             type=click.IntRange(0, 3600),
-            default=5,
-            show_default=True,
             metavar="SECONDS",
-            help="How long the job may take to end when it is asked to.",
+            help="How long the job may take to end when it is asked to. Default: 5.",
         ),
-        click.option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="Environment of the job."),
+        _option("--env", "variables", multiple=True, metavar="NAME=VALUE", help="Environment of the job."),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _option(*names: str, section: str = "", **attributes: Any) -> Callable[..., Any]:
+    return click.option(*names, cls=Option, section=section, **attributes)
 
 
 def memory() -> Memory:
@@ -189,31 +262,91 @@ def opened(cluster: str | None, *, engine: str | None = None, keep: bool = False
         yield now
 
 
-def read_job(asked: dict[str, Any], *, script: str, args: tuple[str, ...]) -> Job:
-    """The job that the options of `job_options` describe."""
-    from launcher.job import Job, Zero
+def read_job(asked: dict[str, Any], *, script: str | None, args: tuple[str, ...]) -> Job:
+    """The job that the options of `job_options` describe, above the job file and the Accelerate YAML they name."""
+    from launcher.job import GRACE, Job
+    from launcher.jobfile import JobFile
     from launcher.secrets import read_variables
 
-    path = asked["ds_config"]
-    try:
-        config = None if path is None else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the DeepSpeed file cannot be read: {error}", where=str(path)) from None
+    settings, file = _read_settings(asked), JobFile()
+    notes: tuple[str, ...] = ()
+    for path, read_below in ((asked["job_file"], _from_job_file), (asked["accelerate_config"], _from_accelerate)):
+        if path is not None:
+            settings, more, found = read_below(path, settings)
+            notes, file = (*notes, *more), found or file
+    script = script or file.script
+    if script is None:
+        raise InputError("no script is named", next_step="launcher run train.py, or script: in the job file")
+    ds_config = asked["ds_config"] or file.ds_config
     return Job(
         script=script,
-        args=args,
-        zero=Zero(
-            stage=int(asked["stage"]),
-            offload_optimizer=asked["offload_optimizer"],
-            offload_param=asked["offload_param"],
-            accumulation=asked["accumulation"],
-            clipping=asked["clipping"],
-        ),
-        precision=asked["precision"],
-        config=config,
-        env=read_variables(asked["variables"]),
-        grace=asked["grace"],
+        args=args or file.args,
+        settings=settings,
+        config=None if ds_config is None else read_text(ds_config),
+        config_name=str(ds_config or "--ds-config"),
+        env=tuple({**dict(sorted(file.env.items())), **dict(read_variables(asked["variables"]))}.items()),
+        secrets=file.secrets,
+        grace=next(one for one in (asked["grace"], file.grace, GRACE) if one is not None),
+        notes=notes,
     )
+
+
+def _read_settings(asked: dict[str, Any]) -> Settings:
+    from launcher.jobfile import make_settings
+
+    stage = asked["stage"]
+    return make_settings(
+        {
+            **asked,
+            "stage": int(stage) if stage is not None and stage.isdigit() else stage,
+            "aio": _pairs(asked["aio"], "--aio"),
+            "overrides": _pairs(asked["overrides"], "--set"),
+        }
+    )
+
+
+def _pairs(texts: tuple[str, ...], option: str) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value is JSON where it can be read as that, else text."""
+    import json
+
+    pairs: dict[str, Any] = {}
+    for text in texts:
+        key, found, value = text.partition("=")
+        if not found or not all(key.split(".")):
+            raise InputError(f"{text!r} is no KEY=VALUE", where=option, next_step=f"{option} {key or 'KEY'}=VALUE")
+        try:
+            pairs[key] = json.loads(value)
+        except (ValueError, RecursionError):
+            pairs[key] = value
+    return pairs
+
+
+def _from_job_file(path: Path, flags: Settings) -> tuple[Settings, tuple[str, ...], JobFile | None]:
+    from cluster.document import load as load_document
+    from launcher.jobfile import merge_notes, read_job_file
+
+    document = load_document(path)
+    file = read_job_file(document)
+    return flags.over(file.settings), merge_notes(flags, file.settings, document), file
+
+
+def _from_accelerate(path: Path, flags: Settings) -> tuple[Settings, tuple[str, ...], JobFile | None]:
+    from cluster.document import load as load_document
+    from launcher.convert import settings_of_accelerate
+    from launcher.jobfile import merge_notes
+
+    document = load_document(path)
+    below, left = settings_of_accelerate(document)
+    notes = tuple(f"{document.where(tuple(key.split('.')))}: {key} is not taken over" for key in left)
+    return flags.over(below), (*merge_notes(flags, below, document), *notes), None
+
+
+def read_text(path: Path) -> str:
+    """A text file of the user's; `InputError` when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the file cannot be read: {error}", where=str(path)) from None
 
 
 def quit_with_reader() -> None:

@@ -10,6 +10,7 @@ import click
 
 from cluster.errors import InputError
 from launcher.cli.options import (
+    Command,
     cluster_option,
     ignore_option,
     job_options,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from launcher.session import Session
 
 
-@launcher.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@launcher.command(cls=Command, context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
 @cluster_option
 @job_options
 @click.option("--engine", type=click.Choice(["docker", "process"]), help="In place of the inventory's engine.")
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the whole plan; change nothing.")
 @ignore_option
 @json_option
-@click.argument("script", metavar="SCRIPT")
+@click.argument("script", required=False, metavar="SCRIPT")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[ARGS]...")
 def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **asked: Any) -> None:
     """Run a training script on every process of the cluster.
@@ -59,6 +60,7 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
     launcher run train.py --epochs 3
     launcher run --stage 3 --offload-optimizer nvme train.py
     launcher run --ds-config zero3.json train.py
+    launcher run --job job.yaml           script and settings from a file; options win over it
     """
     from launcher import execute
     from launcher.secrets import read_secrets
@@ -75,7 +77,7 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
     _check_script(job.script, {entry.path for entry in snapshot.entries})
     port, any_port = _port(asked["port"])
     with opened(cluster, engine=asked["engine"], keep=not dry_run) as now:
-        names = (*now.inventory.container.secrets, *asked["secrets"])
+        names = (*now.inventory.container.secrets, *job.secrets, *asked["secrets"])
         secrets = read_secrets(names, environment=os.environ, file=asked["secrets_file"])
         job = _with(job, secrets=tuple(secrets), detached=detach)
         launch = execute.prepare(

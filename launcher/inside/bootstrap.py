@@ -96,14 +96,28 @@ def reveal_secrets() -> None:
 
 
 def spread_nvme() -> None:
-    """Deal the NVMe paths over the local ranks: Accelerate reads these two variables and nobody else sets them."""
+    """Deal the NVMe paths over the local ranks, for each way by which DeepSpeed hears of them."""
     paths = [path for path in os.environ.get("LAUNCHER_NVME", "").split(os.pathsep) if path]
     if not paths:
         return
     path = paths[int(os.environ.get("LOCAL_RANK", "0")) % len(paths)]
     for what in ("OPTIMIZER", "PARAM"):
+        # Plugin settings: Accelerate reads these two variables and nobody else sets them.
         if os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE") == "nvme":
             os.environ[f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_NVME_PATH"] = path
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path != paths[0] and file != "none":
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = file_with_nvme(file, paths[0], path)
+
+
+def file_with_nvme(file: str, named: str, path: str) -> str:
+    """The text of a DeepSpeed file with another NVMe path than `named`; Accelerate takes it in place of a file name."""
+    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    for part in ("offload_optimizer", "offload_param"):
+        block = config.get("zero_optimization", {}).get(part)
+        if isinstance(block, dict) and block.get("nvme_path") == named:
+            block["nvme_path"] = path
+    return json.dumps(config)
 
 
 def hush() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.command import describe
 from cluster.container import LABEL_ROLE, LABEL_RUN, Container
-from launcher import render
+from launcher import render, zero
 from launcher.plan import NodePlan, Plan
 from launcher.state import RunState
 
@@ -23,6 +23,7 @@ def plan_text(plan: Plan, todo: Sequence[str] = ()) -> str:
         "",
         "to do:",
         *(f"  {one}" for one in todo or ["nothing"]),
+        *(f"note    {one}" for one in plan.job.notes),
     ]
     return "\n".join([*head, "", *(node_text(plan, node) for node in plan.nodes)])
 
@@ -34,8 +35,10 @@ def node_text(plan: Plan, node: NodePlan) -> str:
     rows += [("mount", f"{mount.source} -> {mount.target}") for mount in container.mounts]
     lines = [f"node {node.name} (rank {node.rank})", *(f"  {key:<8} {value}" for key, value in rows)]
     lines += ["  accelerate.yaml", *_indented(render.to_yaml(render.accelerate_config(plan, node)))]
-    if plan.job.config is not None:
-        lines += ["  deepspeed.json", *_indented(render.files(plan, node)["deepspeed.json"])]
+    way = zero.way_of(plan.job)
+    if way != zero.PLAIN:
+        title = "deepspeed.json" if way == zero.FILE else "deepspeed, as Accelerate's plugin makes it of that"
+        lines += [f"  {title}", *_indented(zero.file_for_node(plan.job, render.first_nvme(node)))]
     if plan.job.script:
         lines += [
             "  launch",
@@ -56,12 +59,17 @@ def effective(plan: Plan) -> dict[str, Any]:
         "image": plan.image,
         "world_size": plan.world_size,
         "master": f"{plan.master}:{plan.port}",
+        "way": zero.way_of(plan.job),
+        "notes": list(plan.job.notes),
         "nodes": {
             node.name: {
                 "rank": node.rank,
                 "slots": node.slots,
                 "address": node.address,
                 "accelerate": render.accelerate_config(plan, node),
+                "deepspeed": zero.deepspeed_config(plan.job, nvme=render.first_nvme(node))
+                if zero.uses_deepspeed(plan.job)
+                else None,
                 "launch": list(render.launch_arguments(plan, node)),
                 "environment": render.environment(plan, node),
             }

@@ -88,9 +88,9 @@ def test_a_mistyped_command_gets_a_suggestion(call: Shell) -> None:
     [
         (("run", "--stge", "3", "train.py"), "No such option"),
         (("run", "--stage"), "requires an argument"),
-        (("run", "--stage", "4", "train.py"), "'4' is not one of '0', '1', '2', '3'"),
+        (("run", "--stage", "4", "train.py"), "'4' is not one of 'auto', '0', '1', '2', '3'"),
         (("run", "--accumulation", "x", "train.py"), "'x' is not a valid integer"),
-        (("run",), "Missing argument 'SCRIPT'"),
+        (("run",), "no script is named"),
         (("config",), ""),
         (("frobnicate",), "No such command 'frobnicate'."),
     ],

@@ -85,6 +85,7 @@ def test_only_the_border_knows_pydantic_and_only_the_command_line_knows_click() 
         "cluster/allowed.py",
         "cluster/complaints.py",
         "cluster/inventory.py",
+        "launcher/jobfile.py",
         "launcher/record.py",
     }
     assert all(name.startswith("launcher/cli/") for name in importers("click"))
@@ -157,8 +158,11 @@ def test_nothing_is_ever_run_by_a_shell_that_is_not_quoted_by_us() -> None:
 # The command line: it grows only by an argued change of this list.
 CLUSTER, JSON = "-c/--cluster", "--json"
 JOB = (
-    *("--stage", "--offload-optimizer", "--offload-param", "--precision", "--accumulation", "--clipping"),
-    *("--ds-config", "--grace", "--env"),
+    *("--stage", "--offload-optimizer", "--offload-param", "--precision", "--micro-batch", "--accumulation"),
+    *("--clipping", "--optimizer", "--learning-rate", "--weight-decay", "--scheduler", "--way", "--zero3-init"),
+    *("--gather-16bit", "--reduce-bucket-size", "--allgather-bucket-size", "--prefetch-bucket-size"),
+    *("--sub-group-size", "--overlap-comm", "--aio", "--moe-leaf", "--set", "--ds-config", "--accelerate-config"),
+    *("--job", "--grace", "--env"),
 )
 COMMANDS = {
     "init": ("HOSTS", "-o/--output", "--name", "-i/--identity-file", "--yes"),
@@ -177,6 +181,8 @@ COMMANDS = {
     "shell": (CLUSTER, "NODE", "ARGV"),
     "down": (CLUSTER, "NAME"),
     "config show": (CLUSTER, *JOB, JSON, "NODE"),
+    "config new": (*JOB, "--force", "FILE"),
+    "config convert": ("-o/--output", "--force", "FILE"),
     "image build": (
         *("--flavour", "--base", "--ca-bundle", "--pip-index", "--apt-mirror", "--wheels", "--cuda-architectures"),
         *("--build-network", JSON),

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.errors import ClusterError, InputError
 from launcher.events import NodeStarted, RunBegan, RunEnded, StageBegan
-from launcher.job import Job, Zero
+from launcher.job import Job, Settings
 from launcher.plan import Plan, make_plan
 from launcher.record import (
     Memory,
@@ -46,7 +46,7 @@ def record(tmp_path: Path) -> RunRecord:
 @pytest.fixture
 def plan() -> Plan:
     inventory = given.inventory(defaults={"nvme": [given.NVME]})
-    job = Job(script="train.py", args=("--a", "ü", ""), zero=Zero(stage=3, clipping=1.0), secrets=("HF_TOKEN",))
+    job = Job(script="train.py", args=("--a", "ü", ""), settings=Settings(stage=3, clipping=1.0), secrets=("HF_TOKEN",))
     return make_plan(inventory, job, given.all_facts(inventory), image="sha256:feed", run_id="run-1", code="c0de")
 
 

@@ -16,7 +16,7 @@ from cluster.container import LABEL_PLAN, ContainerSpec, Mount
 from cluster.facts import DockerFact
 from cluster.inventory import Inventory, load_inventory
 from launcher import render
-from launcher.job import Job, Zero
+from launcher.job import Job, Settings, Stage
 from launcher.plan import NodePlan, Plan, make_plan
 from tests.pure import given
 
@@ -36,8 +36,9 @@ TRAIN = Job(script="train.py")
 ZERO3 = Job(
     script="train.py",
     args=("--epochs", "3", "--name", "it's a run", "$(id)", ""),
-    zero=Zero(stage=3, offload_optimizer="nvme", offload_param="nvme", accumulation=4, clipping=1.0),
-    precision="bf16",
+    settings=Settings(
+        stage=3, offload_optimizer="nvme", offload_param="nvme", accumulation=4, clipping=1.0, precision="bf16"
+    ),
     env=(("WANDB_MODE", "offline"),),
     secrets=("HF_TOKEN",),
 )
@@ -65,7 +66,7 @@ PLANS = {
     "cuda-file": plan_of(FILE, CUDA),
     "cpu-plain": plan_of(TRAIN, CPU, gpus=0, docker=DockerFact(version="27.1.1")),
     "local-process": plan_of(
-        Job(script="train.py", zero=Zero(stage=2, offload_optimizer="cpu")),
+        Job(script="train.py", settings=Settings(stage=2, offload_optimizer="cpu")),
         load_inventory(ROOT / "examples" / "local.yaml"),
         gpus=0,
     ),
@@ -138,7 +139,7 @@ def test_no_mixed_precision_is_text_and_not_false() -> None:
     assert yaml.safe_load(text)["mixed_precision"] == "no"
 
 
-@pytest.mark.parametrize("job", [Job(script="train.py", zero=Zero(stage=1)), ZERO3, FILE])
+@pytest.mark.parametrize("job", [Job(script="train.py", settings=Settings(stage=1)), ZERO3, FILE])
 def test_the_multinode_launcher_is_always_standard(job: Job) -> None:
     assert block(job)["deepspeed_multinode_launcher"] == "standard"
 
@@ -196,8 +197,8 @@ def test_a_deepspeed_file_stands_beside_nothing_that_it_says_itself() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_clipping_is_rendered_even_where_there_is_none(stage: int) -> None:
-    assert block(Job(script="train.py", zero=Zero(stage=stage)))["gradient_clipping"] == 0.0
+def test_clipping_is_rendered_even_where_there_is_none(stage: Stage) -> None:
+    assert block(Job(script="train.py", settings=Settings(stage=stage)))["gradient_clipping"] == 0.0
 
 
 def test_nvme_paths_go_to_the_agent_since_accelerate_drops_them() -> None:
@@ -224,7 +225,7 @@ def test_plain_training_accumulates_by_the_environment_since_the_yaml_cannot_say
     name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
     def said(**zero: Any) -> str | None:
-        plan = plan_of(Job(script="train.py", zero=Zero(**zero)))
+        plan = plan_of(Job(script="train.py", settings=Settings(**zero)))
         return render.environment(plan, plan.nodes[0]).get(name)
 
     assert [said(accumulation=4), said(), said(stage=2, accumulation=4)] == ["4", None, None]

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from cluster.container import LABEL_ROLE, LABEL_RUN, Container, ContainerState
-from launcher.job import Job, Zero
+from launcher.job import Job, Settings
 from launcher.plan import Plan, make_plan
 from launcher.state import RunState
 from launcher.views import text
 from tests.pure import given
 
-JOB = Job(script="train.py", args=("--name", "it's"), zero=Zero(stage=2))
+JOB = Job(script="train.py", args=("--name", "it's"), settings=Settings(stage=2))
 CONFIG = Job(script="train.py", config='{"zero_optimization": {"stage": 3}}')
 
 
@@ -60,6 +60,22 @@ node gpu-01 (rank 0)
       offload_param_device: none
       zero3_init_flag: false
       zero3_save_16bit_model: false
+  deepspeed, as Accelerate's plugin makes it of that
+    {
+      "train_batch_size": "auto",
+      "train_micro_batch_size_per_gpu": "auto",
+      "gradient_accumulation_steps": 1,
+      "zero_optimization": {
+        "stage": 2,
+        "offload_optimizer": {
+          "device": "none"
+        },
+        "offload_param": {
+          "device": "none"
+        },
+        "stage3_gather_16bit_weights_on_model_save": false
+      }
+    }
   launch
     accelerate launch --config_file /launcher/files/accelerate.yaml --same_network --rdzv_backend static \
 --rdzv_conf timeout=120 /launcher/files/bootstrap.py train.py --name 'it'"'"'s'
@@ -105,7 +121,14 @@ def test_an_unknown_interface_is_called_so() -> None:
 def test_the_effective_configuration_is_data_by_node() -> None:
     said = json.loads(json.dumps(text.effective(plan_of(JOB))))
     nodes = said.pop("nodes")
-    assert said == {"cluster": "lab", "image": "sha256:feed", "world_size": 16, "master": "10.0.0.11:29500"}
+    assert said == {
+        "cluster": "lab",
+        "image": "sha256:feed",
+        "world_size": 16,
+        "master": "10.0.0.11:29500",
+        "way": "plugin",
+        "notes": [],
+    }
     assert [(name, one["rank"], one["accelerate"]["machine_rank"]) for name, one in nodes.items()] == [
         ("gpu-01", 0, 0),
         ("gpu-02", 1, 1),

@@ -1,4 +1,4 @@
-"""ZeRO settings: what both ways tell DeepSpeed, and what cannot be meant."""
+"""Settings: what both ways tell DeepSpeed, and what cannot be meant."""
 
 from __future__ import annotations
 
@@ -9,50 +9,60 @@ import pytest
 
 from cluster.errors import InputError
 from launcher.errors import PlanError
-from launcher.job import Job, Zero
-from launcher.zero import check, file_for_node, needs_nvme, plugin_settings, read_config, uses_deepspeed
+from launcher.job import Job, Settings
+from launcher.zero import (
+    OPTIMIZERS,
+    SCHEDULERS,
+    check,
+    deepspeed_config,
+    effective,
+    file_for_node,
+    file_settings,
+    leaves_nvme_open,
+    needs_nvme,
+    plugin_settings,
+    way_of,
+)
 
 
-def with_file(**config: Any) -> Job:
-    return Job(script="train.py", config=json.dumps(config))
+def with_file(settings: Settings | None = None, /, **config: Any) -> Job:
+    settings = settings or Settings()
+    return Job(script="train.py", config=json.dumps(config, indent=1), config_name="ds.json", settings=settings)
+
+
+def plain(**settings: Any) -> Job:
+    return Job(script="train.py", settings=Settings(**settings))
 
 
 def refusal(job: Job, *, accelerator: str = "cuda") -> list[str]:
-    with pytest.raises(PlanError) as refused:
+    with pytest.raises(InputError) as refused:
         check(job, accelerator=accelerator)
     assert refused.value.exit_code == 2
     return str(refused.value).splitlines()
 
 
-def plain(**zero: Any) -> Job:
-    return Job(script="train.py", zero=Zero(**zero))
-
-
 CASES = {
-    "stage": (
-        plain(stage=4),
-        "--stage: there is no ZeRO stage 4",
-        "  next: choose 0, 1, 2 or 3",
-    ),
-    "accumulation": (
-        plain(stage=1, accumulation=0),
-        "--accumulation: 0 accumulation steps are not possible",
+    "stage": (plain(stage=4), "--stage: there is no ZeRO stage 4", "  next: choose 0, 1, 2, 3 or auto"),
+    "accumulation": (plain(stage=1, accumulation=0), "--accumulation: 0 is not possible", "  next: 1 or more"),
+    "a bucket of nothing": (
+        plain(stage=1, reduce_bucket_size=-5),
+        "--reduce-bucket-size: -5 is not possible",
         "  next: 1 or more",
     ),
     "clipping below zero": (
         plain(stage=1, clipping=-0.5),
-        "--clipping: -0.5 is no norm to clip at",
-        "  next: 0 or more",
+        "--clipping: -0.5 is not possible",
+        "  next: a number, 0 or more",
     ),
     "clipping at no number": (
         plain(stage=1, clipping=float("nan")),
-        "--clipping: nan is no norm to clip at",
-        "  next: 0 or more",
+        "--clipping: nan is not possible",
+        "  next: a number, 0 or more",
     ),
-    "clipping without end": (
-        plain(stage=1, clipping=float("inf")),
-        "--clipping: inf is no norm to clip at",
-        "  next: 0 or more",
+    "a rate without end": (
+        plain(stage=1, optimizer="AdamW", learning_rate=float("inf")),
+        "--learning-rate: inf is not possible",
+        "  next: a number, 0 or more",
     ),
     "clipping that nobody would do": (
         plain(clipping=1.0),
@@ -75,29 +85,85 @@ CASES = {
         "--offload-param: offloading the parameters needs ZeRO stage 3: at stage 2 DeepSpeed would ignore it",
         "  next: add --stage 3, or leave --offload-param out",
     ),
-    "a file and settings": (
-        Job(script="train.py", zero=Zero(stage=2), config="{}"),
-        "--ds-config: a DeepSpeed file and plugin settings clash: Accelerate refuses them beside each other",
-        "  next: write the stage, offload, accumulation and clipping into the file, or leave the file out",
+    "prefetching below stage 3": (
+        plain(stage=2, prefetch_bucket_size=10),
+        "--prefetch-bucket-size: this has an effect from ZeRO stage 3 on, not at stage 2",
+        "  next: add --stage 3, or leave --prefetch-bucket-size out",
     ),
-    "a file and a precision": (
-        Job(script="train.py", precision="bf16", config="{}"),
-        "--ds-config: a DeepSpeed file and --precision clash: the file alone says in what precision DeepSpeed trains",
-        '  next: write {"bf16": {"enabled": true}} into the file, and leave --precision out',
+    "buckets without ZeRO": (
+        plain(overlap_comm=True),
+        "--overlap-comm: this has an effect from ZeRO stage 1 on, not at stage 0",
+        "  next: add --stage 1, or leave --overlap-comm out",
+    ),
+    "a setting that the plugin cannot say": (
+        plain(stage=2, way="plugin", reduce_bucket_size=10),
+        "--reduce-bucket-size: the plugin way has no word for this",
+        "  next: leave --way plugin out: a DeepSpeed file is made",
+    ),
+    "a file by the plugin way": (
+        with_file(Settings(way="plugin"), zero_optimization={}),
+        "--way: a DeepSpeed file and the plugin way exclude each other",
+        "  next: leave --way plugin or the file out",
+    ),
+    "fp8 by a file": (
+        plain(stage=2, way="file", precision="fp8"),
+        "--precision: a DeepSpeed file has no word for fp8",
+        "  next: leave out what needs a file",
+    ),
+    "fp8 beside a file": (
+        with_file(Settings(precision="fp8"), zero_optimization={}),
+        "--precision: a DeepSpeed file has no word for fp8",
+        "  next: leave the file out, or train in bf16",
+    ),
+    "a rate for nobody": (
+        plain(stage=2, learning_rate=0.1),
+        "--learning-rate: this is said to DeepSpeed's optimizer, and none is chosen",
+        "  next: add --optimizer AdamW",
+    ),
+    "a removed optimizer": (
+        plain(stage=1, optimizer="OneBitAdam"),
+        "--optimizer: DeepSpeed has removed OneBitAdam",
+        "  next: use AdamW, Lamb or Lion",
+    ),
+    "a misspelt optimizer": (
+        plain(stage=1, optimizer="adamw"),
+        "--optimizer: DeepSpeed has no optimizer 'adamw'; did you mean AdamW?",
+        f"  next: one of: {', '.join(OPTIMIZERS)}",
+    ),
+    "an unknown scheduler": (
+        plain(stage=1, scheduler="Zigzag"),
+        "--scheduler: DeepSpeed has no scheduler 'Zigzag'",
+        f"  next: one of: {', '.join(SCHEDULERS)}",
+    ),
+    "a CPU optimizer on the GPU": (
+        plain(stage=2, optimizer="CPUAdam"),
+        "--optimizer: CPUAdam is for an optimizer on the CPU",
+        "  next: add --offload-optimizer cpu, or use FusedAdam",
+    ),
+    "a GPU optimizer on the CPU": (
+        plain(stage=2, optimizer="FusedAdam", offload_optimizer="cpu"),
+        "--optimizer: FusedAdam is for an optimizer on the GPU, and it is offloaded",
+        "  next: use CPUAdam",
+    ),
+    "a setting against the file": (
+        with_file(Settings(stage=2), zero_optimization={"stage": 3}),
+        "ds.json:3:3: the file says 3 for zero_optimization.stage, and --stage says 2",
+        '  next: leave one of them out, write "auto" into the file, or insist: --set zero_optimization.stage=2',
+    ),
+    "a precision against the file": (
+        with_file(Settings(precision="no"), zero_optimization={}, bf16={"enabled": True}),
+        "ds.json:4:3: the file says true for bf16.enabled, and --precision says false",
+        '  next: leave one of them out, write "auto" into the file, or insist: --set bf16.enabled=false',
     ),
     "a file without ZeRO": (
         with_file(train_batch_size=8),
-        "--ds-config: the file has no zero_optimization",
+        "ds.json:1:1: the file has no zero_optimization",
         '  next: add {"stage": …}',
     ),
-    "a file with NVMe below stage 3": (
-        with_file(zero_optimization={"stage": 2, "offload_optimizer": {"device": "nvme"}}),
-        "--ds-config: zero_optimization.offload_optimizer.device nvme needs stage 3",
-    ),
     "a file with a comment": (
-        Job(script="train.py", config='{\n  "a": 1 // one\n}'),
-        "--ds-config:2:10: this is not JSON: Expecting ',' delimiter",
-        "  next: DeepSpeed takes strict JSON: no comments, no trailing commas",
+        Job(script="train.py", config='{\n  "a": 1 // one\n}', config_name="ds.json"),
+        "ds.json:2:10: not a DeepSpeed JSON: a comment",
+        "  next: remove it; Accelerate takes strict JSON: double quotes, no comments, no comma after the last item",
     ),
 }
 
@@ -107,12 +173,10 @@ def test_what_cannot_be_meant_is_refused_by_name(job: Job, lines: list[str]) -> 
     assert refusal(job) == lines
 
 
-@pytest.mark.parametrize(
-    ("precision", "cure"), [("fp16", "on CPU use --precision bf16, or no"), ("fp8", "use --precision bf16, or no")]
-)
-def test_a_precision_that_needs_a_gpu_is_refused_on_cpu(precision: Any, cure: str) -> None:
-    job = Job(script="train.py", precision=precision)
-    said = [f"--precision: --precision {precision} needs a GPU", f"  next: {cure}"]
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_a_precision_that_needs_a_gpu_is_refused_on_cpu(precision: Any) -> None:
+    job = plain(precision=precision)
+    said = [f"--precision: {precision} needs a GPU", "  next: on CPU use --precision bf16, or no"]
     assert refusal(job, accelerator="cpu") == said
     check(job, accelerator="cuda")
 
@@ -135,57 +199,35 @@ def test_words_that_would_not_arrive_as_they_are_are_refused(job: Job) -> None:
     "job",
     [
         plain(),
-        plain(accumulation=4),
+        plain(accumulation=4, micro_batch=2),
+        plain(stage="auto", offload_param="cpu"),
         plain(stage=1, clipping=0.0),
-        plain(stage=2, offload_optimizer="cpu", clipping=1.0, accumulation=8),
+        plain(stage=2, offload_optimizer="cpu", optimizer="CPUAdam", clipping=1.0, accumulation=8),
         plain(stage=3, offload_optimizer="nvme", offload_param="nvme"),
+        plain(stage=3, way="plugin", moe_leaf=("Experts",)),
         with_file(zero_optimization={"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}),
         with_file(zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}}),
-        with_file(zero_optimization={"stage": 1, "offload_optimizer": "auto"}),
-        with_file(zero_optimization={}),
+        with_file(Settings(stage=3, precision="bf16"), zero_optimization={"stage": "auto"}),
+        with_file(Settings(stage=3), zero_optimization={"stage": 3}),
     ],
 )
 def test_what_can_be_meant_passes(job: Job) -> None:
     check(job, accelerator="cuda")
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ('{"a": 1, "a": 2}', "ds.json: the key 'a' stands twice; DeepSpeed would take the last one, silently"),
-        ('{"a": {"b": 1, "b": 1}}', "ds.json: the key 'b' stands twice; DeepSpeed would take the last one, silently"),
-        ('{"a": NaN}', "ds.json: NaN is not JSON"),
-        ('{"a": -Infinity}', "ds.json: -Infinity is not JSON"),
-        ('{"a": 1e999}', "ds.json: 1e999 is larger than any number of a computer"),
-        ("[]", "ds.json: a DeepSpeed configuration is a JSON object"),
-        ('{"a": 1,}', "ds.json:1:9: this is not JSON: Illegal trailing comma before end of object"),
-        ("", "ds.json:1:1: this is not JSON: Expecting value"),
-        ("\ufeff{}", "ds.json:1:1: this is not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig)"),
-        ("[" * 100_000, "ds.json: this JSON is nested too deeply"),
-    ],
-    ids=["twice", "twice inside", "nan", "infinity", "overflow", "list", "comma", "empty", "bom", "deep"],
-)
-def test_a_file_is_read_strictly_with_its_place(text: str, said: str) -> None:
-    with pytest.raises(PlanError) as refused:
-        read_config(text, name="ds.json")
-    # Python 3.13 has words of its own for a trailing comma.
-    older = "Illegal trailing comma before end of object", "Expecting property name enclosed in double quotes"
-    assert str(refused.value).splitlines()[0] in (said, said.replace(*older))
-
-
-def test_a_number_of_more_digits_than_python_reads_is_refused() -> None:
-    with pytest.raises(PlanError, match="this is not JSON: Exceeds the limit"):
-        read_config("9" * 5000, name="ds.json")
-
-
-def test_plain_training_uses_no_deepspeed() -> None:
-    assert [uses_deepspeed(plain(stage=stage)) for stage in range(4)] == [False, True, True, True]
-    assert uses_deepspeed(with_file())
+def test_plain_training_uses_no_deepspeed_unless_a_setting_needs_it() -> None:
+    assert [way_of(plain(stage=stage)) for stage in range(4)] == ["plain", "plugin", "plugin", "plugin"]
+    assert way_of(plain(micro_batch=4)) == "plain"
+    assert way_of(plain(stage=0, way="plugin")) == "plugin"
+    assert [way_of(plain(way="file")), way_of(plain(optimizer="Lamb"))] == ["file", "file"]
+    assert [way_of(plain(stage=2, micro_batch=4)), way_of(with_file())] == ["file", "file"]
 
 
 def test_the_plugin_says_everything_and_never_a_nvme_path() -> None:
-    zero = Zero(stage=3, offload_optimizer="nvme", offload_param="cpu", accumulation=4, clipping=1.0)
-    assert plugin_settings(zero) == {
+    settings = Settings(
+        stage=3, offload_optimizer="nvme", offload_param="cpu", accumulation=4, clipping=1.0, moe_leaf=("A", "B")
+    )
+    assert plugin_settings(settings) == {
         "deepspeed_multinode_launcher": "standard",
         "zero_stage": 3,
         "gradient_accumulation_steps": 4,
@@ -194,34 +236,140 @@ def test_the_plugin_says_everything_and_never_a_nvme_path() -> None:
         "offload_param_device": "cpu",
         "zero3_init_flag": True,
         "zero3_save_16bit_model": True,
+        "deepspeed_moe_layer_cls_names": "A,B",
     }
 
 
 def test_clipping_is_always_rendered_since_accelerate_would_fill_in_one() -> None:
-    assert [plugin_settings(Zero(stage=stage))["gradient_clipping"] for stage in (1, 2, 3)] == [0.0] * 3
+    stages = (Settings(stage=1), Settings(stage=2), Settings(stage=3))
+    assert [plugin_settings(settings)["gradient_clipping"] for settings in stages] == [0.0] * 3
 
 
 def test_what_belongs_to_stage_three_can_be_said_otherwise() -> None:
-    below = plugin_settings(Zero(stage=2))
+    below = plugin_settings(Settings(stage=2))
     assert (below["zero3_init_flag"], below["zero3_save_16bit_model"]) == (False, False)
-    said = plugin_settings(Zero(stage=3, init=False, gather_16bit=False))
+    said = plugin_settings(Settings(stage=3, zero3_init=False, gather_16bit=False))
     assert (said["zero3_init_flag"], said["zero3_save_16bit_model"]) == (False, False)
 
 
+def test_beside_a_file_only_accelerates_own_settings_are_left() -> None:
+    config = {"zero_optimization": {"stage": 3}}
+    assert file_settings(Settings(), config)["zero3_init_flag"] is True
+    assert file_settings(Settings(), {"zero_optimization": {"stage": 2}})["zero3_init_flag"] is False
+    assert file_settings(Settings(zero3_init=False, moe_leaf=("A",)), config) == {
+        "deepspeed_multinode_launcher": "standard",
+        "zero3_init_flag": False,
+        "deepspeed_moe_layer_cls_names": "A",
+    }
+
+
+def test_a_file_made_of_settings_says_all_of_them() -> None:
+    job = plain(
+        stage=3,
+        offload_optimizer="nvme",
+        offload_param="cpu",
+        precision="fp16",
+        micro_batch=2,
+        accumulation=4,
+        clipping=1.0,
+        optimizer="CPUAdam",
+        learning_rate=1e-4,
+        scheduler="WarmupDecayLR",
+        reduce_bucket_size=1000,
+        sub_group_size=2000,
+        overlap_comm=False,
+        aio=(("block_size", 1048576),),
+        overrides=(("zero_optimization.round_robin_gradients", True), ("scheduler.params.total_num_steps", 100)),
+    )
+    check(job, accelerator="cuda")
+    assert deepspeed_config(job, nvme="/nvme/0") == {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme/0"},
+            "offload_param": {"device": "cpu"},
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "reduce_bucket_size": 1000,
+            "sub_group_size": 2000,
+            "overlap_comm": False,
+            "round_robin_gradients": True,
+        },
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": "auto"}},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {
+                "warmup_min_lr": "auto",
+                "warmup_max_lr": "auto",
+                "warmup_num_steps": "auto",
+                "total_num_steps": 100,
+            },
+        },
+        "fp16": {"enabled": True, "auto_cast": True},
+        "aio": {"block_size": 1048576},
+    }
+
+
+def test_every_value_knows_who_said_it() -> None:
+    job = with_file(
+        Settings(precision="bf16", accumulation=2, overrides=(("aio.queue_depth", 4),)),
+        zero_optimization={"stage": 3, "offload_param": {"device": "nvme"}},
+    )
+    config = effective(job, nvme="/nvme/0")
+    assert config.where(("zero_optimization", "stage")) == "ds.json:3:3"
+    assert config.where(("bf16", "enabled")) == "--precision"
+    assert config.where(("gradient_accumulation_steps",)) == "--accumulation"
+    assert config.where(("aio", "queue_depth")) == "--set aio.queue_depth"
+    assert config.where(("zero_optimization", "offload_param", "nvme_path")) == "nvme of the inventory"
+
+
+def test_settings_fill_what_a_file_leaves_open_and_overrides_insist() -> None:
+    job = with_file(
+        Settings(stage=3, clipping=0.5, precision="fp16", overrides=(("train_batch_size", 16),)),
+        train_batch_size=8,
+        gradient_clipping="auto",
+        zero_optimization={"stage": "auto", "reduce_scatter": True},
+    )
+    check(job, accelerator="cuda")
+    assert deepspeed_config(job) == {
+        "train_batch_size": 16,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 3, "reduce_scatter": True},
+        "fp16": {"enabled": True},
+    }
+
+
+def test_precision_no_agrees_with_a_file_that_says_so() -> None:
+    job = with_file(Settings(precision="no"), zero_optimization={}, fp16={"enabled": False})
+    check(job, accelerator="cuda")
+    assert deepspeed_config(job)["fp16"] == {"enabled": False}
+
+
+NAMED = {"device": "nvme", "nvme_path": "/x"}
+
+
 @pytest.mark.parametrize(
-    ("job", "needed"),
+    ("job", "needed", "is_open"),
     [
-        (plain(stage=3), False),
-        (plain(stage=3, offload_param="nvme"), True),
-        (plain(stage=3, offload_optimizer="nvme"), True),
-        (with_file(zero_optimization={"stage": 3, "offload_param": {"device": "nvme"}}), True),
-        (with_file(zero_optimization={"stage": 3, "offload_param": {"device": "cpu"}}), False),
-        (with_file(zero_optimization="auto"), False),
-        (with_file(), False),
+        (plain(), False, False),
+        (plain(stage=3), False, False),
+        (plain(stage=3, offload_param="nvme"), True, True),
+        (plain(stage=3, offload_optimizer="nvme"), True, True),
+        (with_file(zero_optimization={"stage": 3, "offload_param": {"device": "nvme"}}), True, True),
+        (
+            with_file(zero_optimization={"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}),
+            True,
+            False,
+        ),
+        (with_file(zero_optimization={"stage": 3, "offload_param": {"device": "cpu"}}), False, False),
+        (with_file(zero_optimization="auto"), False, False),
+        (with_file(), False, False),
     ],
 )
-def test_whether_anything_is_swapped_to_nvme(job: Job, needed: bool) -> None:
-    assert needs_nvme(job) is needed
+def test_whether_anything_is_swapped_to_nvme(job: Job, needed: bool, is_open: bool) -> None:
+    assert (needs_nvme(job), leaves_nvme_open(job)) == (needed, is_open)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +384,13 @@ def test_whether_anything_is_swapped_to_nvme(job: Job, needed: bool) -> None:
     ],
 )
 def test_the_users_file_gets_the_nodes_nvme_path_where_it_is_open(given: Any, nvme: str | None, made: Any) -> None:
-    config = {"zero_optimization": {"stage": 3, "offload_optimizer": given}, "train_batch_size": "auto"}
+    config: dict[str, Any] = {"zero_optimization": {"stage": 3, "offload_optimizer": given}, "train_batch_size": "auto"}
     text = file_for_node(with_file(**config), nvme)
     assert json.loads(text) == {**config, "zero_optimization": {"stage": 3, "offload_optimizer": made}}
     assert text.endswith("}\n")
+
+
+def test_a_stage_that_is_to_be_chosen_is_judged_when_it_is() -> None:
+    check(plain(stage="auto", offload_optimizer="nvme"), accelerator="cuda")
+    with pytest.raises(PlanError, match="needs ZeRO stage 3"):
+        check(plain(stage=2, offload_optimizer="nvme"), accelerator="cuda")
