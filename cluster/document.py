@@ -92,14 +92,17 @@ class Document:
         return f"{self.name}:{line}:{column}"
 
 
-def load(path: Path) -> Document:
+def load(path: Path, *, text_words: tuple[str, ...] = ()) -> Document:
     """Read a file; `InputError` for one that is missing, unreadable, no regular file, too large, or not strict YAML."""
-    document = read(_decoded(_content(path), str(path)), str(path))
+    document = read(_decoded(_content(path), str(path)), str(path), text_words=text_words)
     return replace(document, folder=path.absolute().parent)
 
 
-def read(text: str, name: str) -> Document:
-    """Read strict YAML; `name` is what messages call it."""
+def read(text: str, name: str, *, text_words: tuple[str, ...] = ()) -> Document:
+    """Read strict YAML; `name` is what messages call it.
+
+    `text_words` are plain words that are text in this kind of file, though elsewhere they might be meant as a null.
+    """
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > LARGEST:
         _too_large(name)
@@ -115,7 +118,7 @@ def read(text: str, name: str) -> Document:
             where=_where(text, found.end() - 1, name),
             next_step="indent with spaces",
         )
-    reader = _Reader(text, name)
+    reader = _Reader(text, name, text_words)
     try:
         data = reader.document()
     except yaml.YAMLError as error:
@@ -185,8 +188,9 @@ def _syntax_error(error: yaml.YAMLError, name: str) -> InputError:
 class _Reader:
     """Turns the parser's events into data, and refuses on the way. Levels are bounded, so recursion is."""
 
-    def __init__(self, text: str, name: str) -> None:
+    def __init__(self, text: str, name: str, text_words: tuple[str, ...]) -> None:
         self.name = name
+        self.text_words = text_words
         self.events: Iterator[yaml.Event] = yaml.parse(text, Loader=_LOADER)
         self.positions: dict[Place, tuple[int, int]] = {}
         self.count = 0
@@ -262,7 +266,7 @@ class _Reader:
             return text
         if text in _WORDS:
             return _WORDS[text]
-        if _ALMOST_WORD.fullmatch(text):
+        if _ALMOST_WORD.fullmatch(text) and text not in self.text_words:
             self.refuse(event, f"a plain {text} may mean two things", f'write true, false, null, or "{text}" in quotes')
         if _INTEGER.fullmatch(text) and len(text) <= LONGEST_INTEGER:
             return int(text)

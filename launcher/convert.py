@@ -24,6 +24,8 @@ PLUGIN_KEYS = {
 }
 # Keys that are the launcher's own business, or say what is so anyway.
 MOE_KEY = "deepspeed_moe_layer_cls_names"
+# Words that stand plainly in such a file: PyYAML, which Accelerate uses, takes them for text.
+TEXT_WORDS = ("none",)
 _OURS = (
     *("compute_environment", "distributed_type", "mixed_precision", "use_cpu", "debug", "num_machines"),
     *("num_processes", "machine_rank", "main_process_ip", "main_process_port", "main_training_function"),

@@ -139,7 +139,7 @@ def config_convert(file: Path, output: Path | None, *, force: bool) -> None:
     else:
         from cluster.document import load as load_document
 
-        settings, left = convert.settings_of_accelerate(load_document(file))
+        settings, left = convert.settings_of_accelerate(load_document(file, text_words=convert.TEXT_WORDS))
         job = Job(script="", settings=dataclasses.replace(settings, way="file"))
         made, unsaid = zero.file_for_node(job, None), (*convert.unsaid_by_file(settings), *left)
         kind = "a DeepSpeed file"

@@ -332,10 +332,10 @@ def _from_job_file(path: Path, flags: Settings) -> tuple[Settings, tuple[str, ..
 
 def _from_accelerate(path: Path, flags: Settings) -> tuple[Settings, tuple[str, ...], JobFile | None]:
     from cluster.document import load as load_document
-    from launcher.convert import settings_of_accelerate
+    from launcher.convert import TEXT_WORDS, settings_of_accelerate
     from launcher.jobfile import merge_notes
 
-    document = load_document(path)
+    document = load_document(path, text_words=TEXT_WORDS)
     below, left = settings_of_accelerate(document)
     notes = tuple(f"{document.where(tuple(key.split('.')))}: {key} is not taken over" for key in left)
     return flags.over(below), (*merge_notes(flags, below, document), *notes), None

@@ -83,6 +83,24 @@ print(*(os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_NVME_PATH") for wha
     assert [ended.said(str(rank)) for rank in range(3)] == [["/nvme/0 None"], ["/nvme/1 None"], ["/nvme/0 None"]]
 
 
+def test_a_deepspeed_file_says_another_nvme_path_to_every_rank(bench: Bench) -> None:
+    offloads = {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme/0"}, "offload_param": {"device": "cpu"}}
+    file = bench.folder / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, **offloads}}))
+    script = """
+import json, os
+said = os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+config = json.loads(said if said.startswith("{") else open(said).read())
+print(config["zero_optimization"]["offload_optimizer"]["nvme_path"], config["zero_optimization"]["offload_param"])
+"""
+    env = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    ended = bench.run(script, ranks=3, nvme=["/nvme/0", "/nvme/1"], env=env)
+    said = [ended.said(str(rank))[0].partition(" ") for rank in range(3)]
+    assert [(path, rest) for path, _, rest in said] == [
+        (path, "{'device': 'cpu'}") for path in ("/nvme/0", "/nvme/1", "/nvme/0")
+    ]
+
+
 def test_torch_is_not_imported_for_a_script_that_does_not_need_it(bench: Bench) -> None:
     ended = bench.run("import sys; print('torch' in sys.modules, 'accelerate' in sys.modules)")
     assert ended.said("0") == ["False False"]

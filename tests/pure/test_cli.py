@@ -228,3 +228,76 @@ def test_what_was_mistaken_leaves_no_state(call: Shell) -> None:
     call("status")
     call("up", "nowhere.yaml")
     assert not (call.folder.parent / "state").exists()
+
+
+def test_a_configuration_is_written_and_turned_into_the_other_kind(call: Shell) -> None:
+    told = call("config", "new", "z.json", "--stage", "2", "--offload-optimizer", "cpu", "--optimizer", "CPUAdam")
+    assert (told.code, told.out) == (0, "")
+    made = json.loads((call.folder / "z.json").read_text())
+    assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    told = call("config", "convert", "z.json", "-o", "z.yaml")
+    assert (told.code, told.err) == (0, "warning: the plugin way has no word for optimizer.type=AdamW\n")
+    told = call("config", "convert", "z.yaml")
+    del made["optimizer"]
+    assert (told.code, json.loads(told.out)) == (0, made)
+
+
+def test_a_file_is_not_written_over(call: Shell) -> None:
+    (call.folder / "z.yaml").write_text("mine")
+    for words in (("new", "z.yaml", "--stage", "1"), ("convert", "z.yaml", "-o", "z.yaml")):
+        told = call("config", *words)
+        assert (told.code, told.err.splitlines()[0]) == (2, "error: z.yaml: this file exists")
+    assert (call.folder / "z.yaml").read_text() == "mine"
+    assert call("config", "new", "z.yaml", "--stage", "1", "--force").code == 0
+
+
+def test_a_kind_of_file_that_cannot_say_it_is_not_written(call: Shell) -> None:
+    told = call("config", "new", "z.yaml", "--stage", "2", "--set", "aio.queue_depth=4")
+    assert (told.code, told.err.splitlines()) == (
+        2,
+        [
+            "error: z.yaml: such a file has no word for aio.queue_depth=4",
+            "  next: write a DeepSpeed JSON (.json) instead",
+        ],
+    )
+    assert not (call.folder / "z.yaml").exists()
+
+
+@pytest.mark.parametrize("pair", ["zero_optimization", "=1", "a..b=1"])
+def test_a_pair_that_is_none_is_refused(call: Shell, pair: str) -> None:
+    told = call("run", "--set", pair, "train.py")
+    assert (told.code, told.err.splitlines()[0]) == (2, f"error: --set: {pair!r} is no KEY=VALUE")
+
+
+def test_a_job_file_says_what_the_command_line_does_not(call: Shell) -> None:
+    (call.folder / "cluster.yaml").write_text(LOCAL)
+    (call.folder / "train.py").write_text("")
+    (call.folder / "job.yaml").write_text("script: train.py\nargs: [--epochs, '3']\nstage: 3\nenv: {A: b}\ngrace: 7\n")
+    told = call("run", "--job", "job.yaml", "--stage", "2", "--dry-run", "--json")
+    assert told.code == 0, told.err
+    plan = json.loads(told.out)
+    node = plan["nodes"]["here"]
+    assert plan["notes"] == ["stage: 2 of the command line wins over 3 (job.yaml:3:1)"]
+    assert node["accelerate"]["deepspeed_config"]["zero_stage"] == 2
+    assert node["deepspeed"]["zero_optimization"]["stage"] == 2
+    assert (node["launch"][-3:], node["environment"]["A"]) == (["train.py", "--epochs", "3"], "b")
+
+
+def test_an_accelerate_yaml_of_the_users_own_gives_the_settings(call: Shell) -> None:
+    (call.folder / "cluster.yaml").write_text(LOCAL)
+    (call.folder / "train.py").write_text("")
+    assert call("config", "new", "mine.yaml", "--stage", "3", "--precision", "bf16").code == 0
+    told = call("run", "--accelerate-config", "mine.yaml", "--accumulation", "4", "--dry-run", "--json", "train.py")
+    assert told.code == 0, told.err
+    said = json.loads(told.out)["nodes"]["here"]["accelerate"]
+    assert (said["mixed_precision"], said["deepspeed_config"]["zero_stage"]) == ("bf16", 3)
+    assert said["deepspeed_config"]["gradient_accumulation_steps"] == 4
+
+
+LOCAL = """\
+name: lab
+accelerator: cpu
+engine: process
+nodes:
+  - {name: here, host: localhost, transport: local}
+"""

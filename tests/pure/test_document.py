@@ -242,3 +242,9 @@ def test_a_file_may_have_exactly_the_largest_size(tmp_path: Path) -> None:
     assert load(path).data is None
     path.write_bytes(b"#" * (document.LARGEST + 1))
     assert loading(path) == f"{path}:1:1: the file is larger than 1048576 bytes"
+
+
+def test_a_word_that_is_text_in_this_kind_of_file_may_stand_plainly() -> None:
+    assert read("device: none\nempty: null", "a.yaml", text_words=("none",)).data == {"device": "none", "empty": None}
+    with pytest.raises(InputError, match="a plain None may mean two things"):
+        read("device: None", "a.yaml", text_words=("none",))
