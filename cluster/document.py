@@ -93,8 +93,13 @@ class Document:
 
 def load(path: Path) -> Document:
     """Read a file; `InputError` for one that is missing, unreadable, no regular file, too large, or not strict YAML."""
-    document = read(_decoded(_content(path), str(path)), str(path))
+    document = read(load_text(path), str(path))
     return replace(document, folder=path.absolute().parent)
+
+
+def load_text(path: Path) -> str:
+    """A file's text; `InputError` for one that is missing, unreadable, no regular file, too large, or not UTF-8."""
+    return _decoded(_content(path), str(path))
 
 
 def read(text: str, name: str) -> Document:

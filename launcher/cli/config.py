@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,31 @@ def config_show(cluster: str | None, node: str | None, *, as_json: bool, **asked
         return
     for one in chosen:
         click.echo(text.node_text(plan, one))
+
+
+@config.command("check")
+@json_option
+@click.option(
+    "--world-size", type=click.IntRange(min=1), metavar="N", help="All processes, to judge the batch sizes by."
+)
+@click.argument("file", type=click.Path(path_type=Path))
+def config_check(file: Path, *, world_size: int | None, as_json: bool) -> None:
+    """What will go wrong with a DeepSpeed JSON or an Accelerate YAML; exit code 2 if there is an error.
+
+    \b
+    launcher config check deepspeed.json --world-size 16
+    """
+    from cluster.document import load_text
+    from launcher.lints import lint_text
+    from launcher.views import text
+
+    lints = lint_text(load_text(file), name=str(file), world_size=world_size)
+    if as_json:
+        show_json(text.lints_data(lints))
+    else:
+        click.echo(text.lints_text(lints))
+    if any(lint.level == "error" for lint in lints):
+        sys.exit(2)
 
 
 @launcher.group(cls=Group)
