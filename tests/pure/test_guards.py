@@ -177,6 +177,7 @@ COMMANDS = {
     "shell": (CLUSTER, "NODE", "ARGV"),
     "down": (CLUSTER, "NAME"),
     "config show": (CLUSTER, *JOB, JSON, "NODE"),
+    "config check": (JSON, "--world-size", "FILE"),
     "image build": (
         *("--flavour", "--base", "--ca-bundle", "--pip-index", "--apt-mirror", "--wheels", "--cuda-architectures"),
         *("--build-network", JSON),
