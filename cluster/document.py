@@ -94,8 +94,13 @@ class Document:
 
 def load(path: Path, *, text_words: tuple[str, ...] = ()) -> Document:
     """Read a file; `InputError` for one that is missing, unreadable, no regular file, too large, or not strict YAML."""
-    document = read(_decoded(_content(path), str(path)), str(path), text_words=text_words)
+    document = read(load_text(path), str(path), text_words=text_words)
     return replace(document, folder=path.absolute().parent)
+
+
+def load_text(path: Path) -> str:
+    """A file's text; `InputError` for one that is missing, unreadable, no regular file, too large, or not UTF-8."""
+    return _decoded(_content(path), str(path))
 
 
 def read(text: str, name: str, *, text_words: tuple[str, ...] = ()) -> Document:

@@ -24,8 +24,6 @@ PLUGIN_KEYS = {
 }
 # Keys that are the launcher's own business, or say what is so anyway.
 MOE_KEY = "deepspeed_moe_layer_cls_names"
-# Words that stand plainly in such a file: PyYAML, which Accelerate uses, takes them for text.
-TEXT_WORDS = ("none",)
 _OURS = (
     *("compute_environment", "distributed_type", "mixed_precision", "use_cpu", "debug", "num_machines"),
     *("num_processes", "machine_rank", "main_process_ip", "main_process_port", "main_training_function"),
@@ -51,6 +49,8 @@ def settings_of_accelerate(document: Document) -> tuple[Settings, tuple[str, ...
     said: dict[str, Any] = {
         name: block[key] for key, name in PLUGIN_KEYS.items() if block.get(key) not in (None, "auto")
     }
+    if said.get("clipping") == zero.UNREACHED:
+        said["clipping"] = 0.0
     if "mixed_precision" in data:
         said["precision"] = data["mixed_precision"]
     _check_kinds(said, document)

@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON as data of which every value knows its place. Strict, as Accelerate reads it (`json.load`), and more:
+"""A DeepSpeed JSON as data of which every value knows its place. Strict as Accelerate's `json.load`, and stricter:
 
 - UTF-8 without a byte order mark, at most 1 MiB, 32 levels, 100 000 values, one object;
 - no key twice: `json.load` would take the last one, silently;
@@ -59,7 +59,8 @@ class DsConfig:
             below = below[key]
         below[last] = value
         told = {place: said for place, said in self.places.items() if place[: len(path)] != path}
-        return replace(self, data=data, places={**told, path: where})
+        above: dict[Place, str] = {path[:length]: where for length in range(1, len(path))}
+        return replace(self, data=data, places={**above, **told, path: where})
 
 
 def read(text: str, *, name: str) -> DsConfig:
@@ -285,7 +286,9 @@ def _unescaped(text: str) -> str:
         return text
     plain = _ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else _ESCAPES.get(found[2], found[2]), text)
     # A pair of halves is one character.
-    return plain.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass") if _NO_TEXT.search(plain) else plain
+    return (
+        plain.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass") if _NO_TEXT.search(plain) else plain
+    )
 
 
 def _cut(text: str) -> str:

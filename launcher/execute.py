@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.container import LABEL_DETACHED, LABEL_OUT, LABEL_RUN, Container
 from cluster.errors import InputError
@@ -62,13 +62,22 @@ def prepare(
     found = checks.findings(now.inventory, seen.facts, port=meeting, nvme=zero.needs_nvme(job))
     for finding in checks.judge(found, ignored=ignored):
         now.voice.warn(finding)
+    plan = make_plan(now.inventory, job, seen.facts, run_id=run_id, image=tag, code=snapshot.digest, port=meeting)
+    for warning in _warnings(plan):
+        now.voice.say(f"warning: {warning}")
     base, todo = converge(now, seen, tag=tag, job=Job(script=""), dry_run=dry_run)
     if base.changed and not dry_run:
         now.voice.say(f"cluster {now.inventory.name} was not up: {told(base)}")
-    plan = make_plan(
-        now.inventory, job, seen.facts, run_id=run_id, image=base.plan.image, code=snapshot.digest, port=meeting
-    )
+    plan = replace(plan, image=base.plan.image)
     return Launch(plan=plan, seen=seen, tag=tag, snapshot=snapshot, todo=todo)
+
+
+def _warnings(plan: Plan) -> tuple[str, ...]:
+    """What the user should know of the DeepSpeed configuration, now that the nodes are known; an error is raised."""
+    slots = tuple(node.slots for node in plan.nodes)
+    nvme = plan.nodes[0].job.nvme or None
+    accelerator: zero.Accelerator = "cpu" if plan.accelerator == "cpu" else "cuda"
+    return zero.judge(zero.lints(plan.job, accelerator=accelerator, slots=slots, nvme=nvme))
 
 
 def start(

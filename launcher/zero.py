@@ -17,11 +17,16 @@ from cluster.command import check_word
 from launcher.dsconfig import DsConfig, read
 from launcher.errors import PlanError
 from launcher.job import Job, Settings
+from launcher.lints import Lint, lint_deepspeed
 
+Accelerator = Literal["cuda", "cpu"]
 STAGES = (0, 1, 2, 3)
 GRADIENTS, PARAMETERS = 2, 3  # the first ZeRO stage that shards them
 OFFLOADS = ("offload_optimizer", "offload_param")
 PLUGIN, FILE, PLAIN = "plugin", "file", "plain"
+
+# A norm that no gradient reaches: Accelerate drops a 0 on the way, and DeepSpeed would clip at its default, 1.0.
+UNREACHED = 1e9
 
 # What each setting is called in DeepSpeed's configuration; precision, optimizer, scheduler and aio are blocks.
 KEYS = {
@@ -112,9 +117,11 @@ def effective(job: Job, *, nvme: str | None = None) -> DsConfig:
 
     `nvme` is the path for offloading where the job leaves it open. `PlanError` where a setting contradicts a file.
     """
-    config = read_file(job) if job.config is not None else DsConfig(name="", data=_SKELETON, places={})
+    config = read_file(job) if job.config is not None else DsConfig(name="the settings", data=_SKELETON, places={})
     for setting, key, value in _said(job):
         config = _filled(config, setting, key, value, job=job)
+    if way_of(job) == PLUGIN and not job.settings.clipping:
+        config = config.put(("gradient_clipping",), UNREACHED, where="the settings")
     for key, value in job.settings.overrides:
         config = config.put(tuple(key.split(".")), value, where=f"--set {key}")
     for part in OFFLOADS:
@@ -134,6 +141,7 @@ _SKELETON: Mapping[str, Any] = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": 1,
+    "gradient_clipping": 0.0,  # said, since DeepSpeed's default is 1.0: the same script would train differently
     "zero_optimization": {
         "stage": 0,
         "offload_optimizer": {"device": "none"},
@@ -147,8 +155,6 @@ def _said(job: Job) -> Iterator[tuple[str, str, Any]]:
     """The settings under DeepSpeed's keys, (setting, dotted key, value); without a file also what follows from them."""
     settings = job.settings
     given = settings.given()
-    if settings.clipping == 0:
-        del given["clipping"]  # DeepSpeed's own default, and Accelerate leaves it out
     if settings.optimizer:
         given["optimizer"] = OPTIMIZERS.get(settings.optimizer, settings.optimizer)
     if job.config is None:
@@ -221,8 +227,7 @@ def plugin_settings(settings: Settings) -> dict[str, object]:
         "deepspeed_multinode_launcher": "standard",  # anything else splits a multi-node run, silently
         "zero_stage": settings.stage or 0,
         "gradient_accumulation_steps": settings.accumulation or 1,
-        # Left out, Accelerate fills "auto" with 1.0, and the same script trains differently than without ZeRO.
-        "gradient_clipping": settings.clipping or 0.0,
+        "gradient_clipping": settings.clipping or UNREACHED,
         "offload_optimizer_device": settings.offload_optimizer or "none",
         "offload_param_device": settings.offload_param or "none",
         "zero3_init_flag": third if settings.zero3_init is None else settings.zero3_init,
@@ -278,7 +283,7 @@ def _offloads(job: Job) -> tuple[Mapping[str, Any], ...]:
 # --- what cannot be meant --------------------------------------------------------------------------------------------
 
 
-def check(job: Job, *, accelerator: str) -> None:
+def check(job: Job, *, accelerator: Accelerator) -> None:
     """Refuse settings that contradict each other or cannot be handed on, by name, before anything starts."""
     for word in (job.script, *job.args, *(value for _, value in job.env)):
         check_word(word)
@@ -286,16 +291,47 @@ def check(job: Job, *, accelerator: str) -> None:
     _check_way(job)
     if job.config is None:
         _check_stage(job)
-    else:
-        _check_file(job)
     _check_optimizer(job)
-    deepspeed_config(job)  # a contradiction between the file and a setting raises
-    if job.settings.precision in ("fp16", "fp8") and accelerator == "cpu":
-        _refuse(
-            "precision",
-            f"{job.settings.precision} needs a GPU",
-            "on CPU use --precision bf16, or no",
+    _check_precision(job, accelerator=accelerator)
+    judge(lints(job, accelerator=accelerator))
+
+
+def lints(
+    job: Job, *, accelerator: Accelerator, slots: tuple[int, ...] | None = None, nvme: tuple[str, ...] | None = None
+) -> tuple[Lint, ...]:
+    """What speaks against the job's DeepSpeed configuration; `slots` by node and the NVMe paths once they are known."""
+    if not uses_deepspeed(job) or job.settings.stage == "auto":
+        return ()
+    config = effective(job, nvme=nvme[0] if nvme else None)
+    blocks = {part: value_at(config.data, f"zero_optimization.{part}") for part in OFFLOADS}
+    left_open = (part for part, block in blocks.items() if isinstance(block, Mapping) and is_open(block))
+    found = lint_deepspeed(
+        config,
+        world_size=sum(slots) if slots else None,
+        slots=slots,
+        accelerator=accelerator,
+        nvme=nvme,
+        supplied=frozenset(f"zero_optimization.{part}.nvme_path" for part in left_open),
+    )
+    return tuple(lint for lint in found if job.config is not None or lint.id not in _KNOWN)
+
+
+# Warnings of what a configuration of ours always says, because it is meant.
+_KNOWN = ("auto-script",)
+
+
+def judge(found: tuple[Lint, ...]) -> tuple[str, ...]:
+    """The warnings as lines to be told; `PlanError` with the first error, the others as its detail."""
+    errors = [lint for lint in found if lint.level == "error"]
+    if errors:
+        first, *others = errors
+        raise PlanError(
+            f"{first.what} [{first.id}]",
+            where=first.where,
+            detail=(f"if left: {first.consequence}", *(f"{one.where}: {one.what} [{one.id}]" for one in others)),
+            next_step=first.cure,
         )
+    return tuple(f"{one.where}: {one.what}: {one.consequence} [{one.id}]; {one.cure}" for one in found)
 
 
 def _refuse(setting: str, what: str, cure: str) -> None:
@@ -337,24 +373,9 @@ def _check_stage(job: Job) -> None:
             "clipping from outside needs ZeRO: plain training would ignore it",
             "add --stage 1, 2 or 3, or clip in the script (accelerator.clip_grad_norm_)",
         )
-    if settings.offload_optimizer in ("cpu", "nvme") and stage == 0:
-        _refuse(
-            "offload_optimizer",
-            "offloading the optimizer needs ZeRO",
-            "add --stage 1, 2 or 3, or leave --offload-optimizer out",
-        )
-    if settings.offload_optimizer == "nvme" and stage != PARAMETERS:
-        _refuse(
-            "offload_optimizer",
-            f"offloading the optimizer to NVMe needs ZeRO stage 3: at stage {stage} DeepSpeed would use the CPU",
-            "add --stage 3, or use --offload-optimizer cpu",
-        )
-    if settings.offload_param in ("cpu", "nvme") and stage != PARAMETERS:
-        _refuse(
-            "offload_param",
-            f"offloading the parameters needs ZeRO stage 3: at stage {stage} DeepSpeed would ignore it",
-            "add --stage 3, or leave --offload-param out",
-        )
+    for name in OFFLOADS:
+        if settings.given().get(name) in ("cpu", "nvme") and not uses_deepspeed(job):
+            _refuse(name, "offloading needs ZeRO", f"add --stage, or leave {option(name)} out")
     for name, least in NEEDS.items():
         if settings.given().get(name) and stage < least:
             _refuse(
@@ -362,16 +383,13 @@ def _check_stage(job: Job) -> None:
                 f"this has an effect from ZeRO stage {least} on, not at stage {stage}",
                 f"add --stage {least}, or leave {option(name)} out",
             )
-    if settings.precision == "fp8" and way_of(job) == FILE:
-        _refuse("precision", "a DeepSpeed file has no word for fp8", "leave out what needs a file")
 
 
-def _check_file(job: Job) -> None:
-    file = read_file(job)
-    if "zero_optimization" not in file.data:
-        raise PlanError("the file has no zero_optimization", where=file.where(()), next_step='add {"stage": …}')
-    if job.settings.precision == "fp8":
-        _refuse("precision", "a DeepSpeed file has no word for fp8", "leave the file out, or train in bf16")
+def _check_precision(job: Job, *, accelerator: str) -> None:
+    if job.settings.precision == "fp8" and way_of(job) == FILE:
+        _refuse("precision", "a DeepSpeed file has no word for fp8", "leave out what needs a file, or train in bf16")
+    if job.settings.precision in ("fp16", "fp8") and accelerator == "cpu":
+        _refuse("precision", f"{job.settings.precision} needs a GPU", "on CPU use --precision bf16, or no")
 
 
 def _check_optimizer(job: Job) -> None:

@@ -20,7 +20,6 @@ from launcher.cli.options import (
     launcher,
     opened,
     read_job,
-    read_text,
     show_json,
 )
 
@@ -61,6 +60,31 @@ def config_show(cluster: str | None, node: str | None, *, as_json: bool, **asked
         return
     for one in chosen:
         click.echo(text.node_text(plan, one))
+
+
+@config.command("check")
+@json_option
+@click.option(
+    "--world-size", type=click.IntRange(min=1), metavar="N", help="All processes, to judge the batch sizes by."
+)
+@click.argument("file", type=click.Path(path_type=Path))
+def config_check(file: Path, *, world_size: int | None, as_json: bool) -> None:
+    """What will go wrong with a DeepSpeed JSON or an Accelerate YAML; exit code 2 if there is an error.
+
+    \b
+    launcher config check deepspeed.json --world-size 16
+    """
+    from cluster.document import load_text
+    from launcher.lints import lint_text
+    from launcher.views import text
+
+    lints = lint_text(load_text(file), name=str(file), world_size=world_size)
+    if as_json:
+        show_json(text.lints_data(lints))
+    else:
+        click.echo(text.lints_text(lints))
+    if any(lint.level == "error" for lint in lints):
+        sys.exit(2)
 
 
 @config.command("new", cls=Command)
@@ -126,20 +150,20 @@ def config_convert(file: Path, output: Path | None, *, force: bool) -> None:
     launcher config convert accelerate.yaml -o zero3.json
     launcher config convert zero3.json
     """
+    from cluster.document import load_text
     from launcher import convert, dsconfig, render, zero
     from launcher.job import Job
+    from launcher.lints import is_deepspeed, read_accelerate
 
     if output is not None and output.exists() and not force:
         raise InputError("this file exists", where=str(output), next_step="choose another name, or add --force")
-    text = read_text(file)
-    if text.lstrip().startswith("{"):
+    text = load_text(file)
+    if is_deepspeed(text):
         settings = convert.settings_of_file(dsconfig.read(text, name=str(file)))
         made, unsaid = render.to_yaml(convert.accelerate_template(settings)), convert.unsaid_by_plugin(settings)
         kind = "the plugin way"
     else:
-        from cluster.document import load as load_document
-
-        settings, left = convert.settings_of_accelerate(load_document(file, text_words=convert.TEXT_WORDS))
+        settings, left = convert.settings_of_accelerate(read_accelerate(text, name=str(file)))
         job = Job(script="", settings=dataclasses.replace(settings, way="file"))
         made, unsaid = zero.file_for_node(job, None), (*convert.unsaid_by_file(settings), *left)
         kind = "a DeepSpeed file"

@@ -264,6 +264,7 @@ def opened(cluster: str | None, *, engine: str | None = None, keep: bool = False
 
 def read_job(asked: dict[str, Any], *, script: str | None, args: tuple[str, ...]) -> Job:
     """The job that the options of `job_options` describe, above the job file and the Accelerate YAML they name."""
+    from cluster.document import load_text
     from launcher.job import GRACE, Job
     from launcher.jobfile import JobFile
     from launcher.secrets import read_variables
@@ -282,7 +283,7 @@ def read_job(asked: dict[str, Any], *, script: str | None, args: tuple[str, ...]
         script=script,
         args=args or file.args,
         settings=settings,
-        config=None if ds_config is None else read_text(ds_config),
+        config=None if ds_config is None else load_text(ds_config),
         config_name=str(ds_config or "--ds-config"),
         env=tuple({**dict(sorted(file.env.items())), **dict(read_variables(asked["variables"]))}.items()),
         secrets=file.secrets,
@@ -331,22 +332,15 @@ def _from_job_file(path: Path, flags: Settings) -> tuple[Settings, tuple[str, ..
 
 
 def _from_accelerate(path: Path, flags: Settings) -> tuple[Settings, tuple[str, ...], JobFile | None]:
-    from cluster.document import load as load_document
-    from launcher.convert import TEXT_WORDS, settings_of_accelerate
+    from cluster.document import load_text
+    from launcher.convert import settings_of_accelerate
     from launcher.jobfile import merge_notes
+    from launcher.lints import read_accelerate
 
-    document = load_document(path, text_words=TEXT_WORDS)
+    document = read_accelerate(load_text(path), name=str(path))
     below, left = settings_of_accelerate(document)
     notes = tuple(f"{document.where(tuple(key.split('.')))}: {key} is not taken over" for key in left)
     return flags.over(below), (*merge_notes(flags, below, document), *notes), None
-
-
-def read_text(path: Path) -> str:
-    """A text file of the user's; `InputError` when it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the file cannot be read: {error}", where=str(path)) from None
 
 
 def quit_with_reader() -> None:

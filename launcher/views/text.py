@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from cluster.command import describe
 from cluster.container import LABEL_ROLE, LABEL_RUN, Container
 from launcher import render, zero
+from launcher.lints import Lint
 from launcher.plan import NodePlan, Plan
 from launcher.state import RunState
 
@@ -76,6 +78,24 @@ def effective(plan: Plan) -> dict[str, Any]:
             for node in plan.nodes
         },
     }
+
+
+def lints_text(lints: Sequence[Lint]) -> str:
+    """Every lint with its place, its consequence and its cure, and how many there are."""
+    if not lints:
+        return "no findings"
+    told = [
+        f"{lint.where}: {lint.level}: {lint.what} [{lint.id}]\n  if left: {lint.consequence}\n  next: {lint.cure}"
+        for lint in lints
+    ]
+    counts = [(level, sum(lint.level == level for lint in lints)) for level in ("error", "warning")]
+    summed = ", ".join(f"{count} {level}{'s' if count > 1 else ''}" for level, count in counts if count)
+    return "\n".join([*told, summed])
+
+
+def lints_data(lints: Sequence[Lint]) -> list[dict[str, str]]:
+    """The same for `--json`."""
+    return [asdict(lint) for lint in lints]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

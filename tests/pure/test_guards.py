@@ -181,6 +181,7 @@ COMMANDS = {
     "shell": (CLUSTER, "NODE", "ARGV"),
     "down": (CLUSTER, "NAME"),
     "config show": (CLUSTER, *JOB, JSON, "NODE"),
+    "config check": (JSON, "--world-size", "FILE"),
     "config new": (*JOB, "--force", "FILE"),
     "config convert": ("-o/--output", "--force", "FILE"),
     "image build": (

@@ -15,7 +15,7 @@ import yaml
 from cluster.container import LABEL_PLAN, ContainerSpec, Mount
 from cluster.facts import DockerFact
 from cluster.inventory import Inventory, load_inventory
-from launcher import render
+from launcher import render, zero
 from launcher.job import Job, Settings, Stage
 from launcher.plan import NodePlan, Plan, make_plan
 from tests.pure import given
@@ -198,7 +198,7 @@ def test_a_deepspeed_file_stands_beside_nothing_that_it_says_itself() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_clipping_is_rendered_even_where_there_is_none(stage: Stage) -> None:
-    assert block(Job(script="train.py", settings=Settings(stage=stage)))["gradient_clipping"] == 0.0
+    assert block(Job(script="train.py", settings=Settings(stage=stage)))["gradient_clipping"] == zero.UNREACHED
 
 
 def test_nvme_paths_go_to_the_agent_since_accelerate_drops_them() -> None:

@@ -55,7 +55,7 @@ node gpu-01 (rank 0)
       deepspeed_multinode_launcher: standard
       zero_stage: 2
       gradient_accumulation_steps: 1
-      gradient_clipping: 0.0
+      gradient_clipping: 1000000000.0
       offload_optimizer_device: none
       offload_param_device: none
       zero3_init_flag: false
@@ -65,6 +65,7 @@ node gpu-01 (rank 0)
       "train_batch_size": "auto",
       "train_micro_batch_size_per_gpu": "auto",
       "gradient_accumulation_steps": 1,
+      "gradient_clipping": 1000000000.0,
       "zero_optimization": {
         "stage": 2,
         "offload_optimizer": {

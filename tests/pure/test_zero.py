@@ -13,6 +13,8 @@ from launcher.job import Job, Settings
 from launcher.zero import (
     OPTIMIZERS,
     SCHEDULERS,
+    UNREACHED,
+    Accelerator,
     check,
     deepspeed_config,
     effective,
@@ -24,17 +26,19 @@ from launcher.zero import (
     way_of,
 )
 
+BATCH = {"train_micro_batch_size_per_gpu": 1}
+
 
 def with_file(settings: Settings | None = None, /, **config: Any) -> Job:
-    settings = settings or Settings()
-    return Job(script="train.py", config=json.dumps(config, indent=1), config_name="ds.json", settings=settings)
+    text = json.dumps({**config, **BATCH}, indent=1)
+    return Job(script="train.py", config=text, config_name="ds.json", settings=settings or Settings())
 
 
 def plain(**settings: Any) -> Job:
     return Job(script="train.py", settings=Settings(**settings))
 
 
-def refusal(job: Job, *, accelerator: str = "cuda") -> list[str]:
+def refusal(job: Job, *, accelerator: Accelerator = "cuda") -> list[str]:
     with pytest.raises(InputError) as refused:
         check(job, accelerator=accelerator)
     assert refused.value.exit_code == 2
@@ -71,19 +75,20 @@ CASES = {
     ),
     "offload without ZeRO": (
         plain(offload_optimizer="cpu"),
-        "--offload-optimizer: offloading the optimizer needs ZeRO",
-        "  next: add --stage 1, 2 or 3, or leave --offload-optimizer out",
+        "--offload-optimizer: offloading needs ZeRO",
+        "  next: add --stage, or leave --offload-optimizer out",
     ),
     "NVMe below stage 3": (
         plain(stage=2, offload_optimizer="nvme"),
-        "--offload-optimizer: offloading the optimizer to NVMe needs ZeRO stage 3: at stage 2 DeepSpeed would use "
-        "the CPU",
-        "  next: add --stage 3, or use --offload-optimizer cpu",
+        "--offload-optimizer: offload_optimizer.device is 'nvme' at stage 2 [nvme-below-stage-3]",
+        "  if left: DeepSpeed keeps the optimizer's states in the host's memory, as if the device were cpu",
+        "  next: set the stage to 3, or the device to cpu",
     ),
     "parameters below stage 3": (
         plain(stage=2, offload_param="cpu"),
-        "--offload-param: offloading the parameters needs ZeRO stage 3: at stage 2 DeepSpeed would ignore it",
-        "  next: add --stage 3, or leave --offload-param out",
+        "--offload-param: offload_param.device is 'cpu' at stage 2 [offload-param-below-stage-3]",
+        "  if left: DeepSpeed ignores it: the parameters stay in the GPU's memory",
+        "  next: set the stage to 3, or the device to none",
     ),
     "prefetching below stage 3": (
         plain(stage=2, prefetch_bucket_size=10),
@@ -108,12 +113,12 @@ CASES = {
     "fp8 by a file": (
         plain(stage=2, way="file", precision="fp8"),
         "--precision: a DeepSpeed file has no word for fp8",
-        "  next: leave out what needs a file",
+        "  next: leave out what needs a file, or train in bf16",
     ),
     "fp8 beside a file": (
         with_file(Settings(precision="fp8"), zero_optimization={}),
         "--precision: a DeepSpeed file has no word for fp8",
-        "  next: leave the file out, or train in bf16",
+        "  next: leave out what needs a file, or train in bf16",
     ),
     "a rate for nobody": (
         plain(stage=2, learning_rate=0.1),
@@ -157,8 +162,10 @@ CASES = {
     ),
     "a file without ZeRO": (
         with_file(train_batch_size=8),
-        "ds.json:1:1: the file has no zero_optimization",
-        '  next: add {"stage": …}',
+        "ds.json:1:1: zero_optimization is missing [zero-missing]",
+        "  if left: Accelerate refuses the file: "
+        '"Please specify the ZeRO optimization config in the DeepSpeed config."',
+        '  next: add "zero_optimization": {"stage": …}; stage 0 is plain training',
     ),
     "a file with a comment": (
         Job(script="train.py", config='{\n  "a": 1 // one\n}', config_name="ds.json"),
@@ -240,9 +247,9 @@ def test_the_plugin_says_everything_and_never_a_nvme_path() -> None:
     }
 
 
-def test_clipping_is_always_rendered_since_accelerate_would_fill_in_one() -> None:
+def test_no_clipping_is_said_as_a_norm_that_is_never_reached() -> None:
     stages = (Settings(stage=1), Settings(stage=2), Settings(stage=3))
-    assert [plugin_settings(settings)["gradient_clipping"] for settings in stages] == [0.0] * 3
+    assert [plugin_settings(settings)["gradient_clipping"] for settings in stages] == [UNREACHED] * 3
 
 
 def test_what_belongs_to_stage_three_can_be_said_otherwise() -> None:
@@ -328,7 +335,7 @@ def test_every_value_knows_who_said_it() -> None:
 def test_settings_fill_what_a_file_leaves_open_and_overrides_insist() -> None:
     job = with_file(
         Settings(stage=3, clipping=0.5, precision="fp16", overrides=(("train_batch_size", 16),)),
-        train_batch_size=8,
+        train_batch_size="auto",
         gradient_clipping="auto",
         zero_optimization={"stage": "auto", "reduce_scatter": True},
     )
@@ -338,6 +345,7 @@ def test_settings_fill_what_a_file_leaves_open_and_overrides_insist() -> None:
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": 3, "reduce_scatter": True},
         "fp16": {"enabled": True},
+        **BATCH,
     }
 
 
@@ -386,11 +394,11 @@ def test_whether_anything_is_swapped_to_nvme(job: Job, needed: bool, is_open: bo
 def test_the_users_file_gets_the_nodes_nvme_path_where_it_is_open(given: Any, nvme: str | None, made: Any) -> None:
     config: dict[str, Any] = {"zero_optimization": {"stage": 3, "offload_optimizer": given}, "train_batch_size": "auto"}
     text = file_for_node(with_file(**config), nvme)
-    assert json.loads(text) == {**config, "zero_optimization": {"stage": 3, "offload_optimizer": made}}
+    assert json.loads(text) == {**config, "zero_optimization": {"stage": 3, "offload_optimizer": made}, **BATCH}
     assert text.endswith("}\n")
 
 
 def test_a_stage_that_is_to_be_chosen_is_judged_when_it_is() -> None:
     check(plain(stage="auto", offload_optimizer="nvme"), accelerator="cuda")
-    with pytest.raises(PlanError, match="needs ZeRO stage 3"):
+    with pytest.raises(PlanError, match="nvme-below-stage-3"):
         check(plain(stage=2, offload_optimizer="nvme"), accelerator="cuda")

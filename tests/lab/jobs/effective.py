@@ -4,11 +4,13 @@ import json
 import os
 import runpy
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import deepspeed
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """DeepSpeed's configuration objects as data, defaults and all."""
     if hasattr(value, "model_dump"):
         return plain(value.model_dump())
@@ -21,8 +23,8 @@ def plain(value):
     return plain(vars(value)) if hasattr(value, "__dict__") else type(value).__name__
 
 
-def telling(initialize, out):
-    def initialize_and_tell(*args, **kwargs):
+def telling(initialize: Callable[..., Any], out: str) -> Callable[..., Any]:
+    def initialize_and_tell(*args: Any, **kwargs: Any) -> Any:
         made = initialize(*args, **kwargs)
         if os.environ["RANK"] == "0":
             told = {name: plain(value) for name, value in vars(made[0]._config).items() if name != "_param_dict"}
