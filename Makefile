@@ -58,6 +58,10 @@ test: setup ## Run all tests; sshd and a Docker engine are needed (.ci/machine g
 	@without=(); if ! nvidia-smi -L >/dev/null 2>&1; then without=(-m 'not gpu'); fi; \
 	.ci/machine $(PYTEST) $(TESTS) "$${without[@]}" $(PYTEST_OPTIONS)
 
+.PHONY: matrix
+matrix: setup ## Train every ZeRO stage, offload, precision and way on three nodes (about half an hour)
+	@LAUNCHER_TEST_MATRIX=all .ci/machine $(PYTEST) tests/lab/test_matrix.py $(PYTEST_OPTIONS)
+
 .PHONY: check
 check: setup ## Lint, format, types, storeys, quick tests; writes nothing
 	$(PY) -m ruff check .

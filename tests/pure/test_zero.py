@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -402,3 +403,25 @@ def test_a_stage_that_is_to_be_chosen_is_judged_when_it_is() -> None:
     check(plain(stage="auto", offload_optimizer="nvme"), accelerator="cuda")
     with pytest.raises(PlanError, match="nvme-below-stage-3"):
         check(plain(stage=2, offload_optimizer="nvme"), accelerator="cuda")
+
+
+OFFLOAD = ("none", "cpu", "nvme")
+
+
+@pytest.mark.parametrize("way", ["plugin", "file"])
+def test_every_combination_of_stage_and_offload_is_valid_or_refused_by_name(way: Any) -> None:
+    refused = {}
+    for stage, optimizer, param in itertools.product((0, 1, 2, 3), OFFLOAD, OFFLOAD):
+        job = plain(stage=stage, offload_optimizer=optimizer, offload_param=param, way=way)
+        try:
+            check(job, accelerator="cuda")
+        except PlanError as error:
+            refused[stage, optimizer, param] = str(error.where)
+    valid = {(stage, optimizer, param) for stage, optimizer, param in itertools.product((0, 1, 2, 3), OFFLOAD, OFFLOAD)}
+    valid -= refused.keys()
+    assert valid == {
+        (0, "none", "none"),
+        *itertools.product((1, 2), ("none", "cpu"), ("none",)),
+        *itertools.product((3,), OFFLOAD, OFFLOAD),
+    }
+    assert set(refused.values()) == {"--offload-optimizer", "--offload-param"}
