@@ -62,7 +62,8 @@ def test_a_command_that_is_shown_can_be_given(path: Path, words: tuple[str, ...]
     try:
         parse(words)
     except click.MissingParameter:
-        assert len(words) == 1, "only a command's bare name, in prose, may leave out what it needs"
+        bare = f"launcher {' '.join(words)}" in every_command(program)
+        assert bare, "only a command's bare name, in prose, may leave out what it needs"
     except click.UsageError as error:
         pytest.fail(f"{named(path)}: launcher {' '.join(words)}: {error.format_message()}")
 
@@ -122,7 +123,7 @@ def test_every_label_is_explained() -> None:
 @pytest.mark.parametrize(
     "block", [block for block in reading.blocks() if block.language == "yaml"], ids=lambda one: named(one.path)
 )
-def test_every_key_of_an_example_is_one_of_the_inventory(block: reading.Block) -> None:
+def test_every_key_of_an_example_is_one_of_the_inventory_or_of_a_job_file(block: reading.Block) -> None:
     def keys(value: object) -> Iterator[str]:
         if isinstance(value, dict):
             for key, below in value.items():
@@ -132,7 +133,8 @@ def test_every_key_of_an_example_is_one_of_the_inventory(block: reading.Block) -
             for below in value:
                 yield from keys(below)
 
-    known = set(re.findall(r"^[#\s-]*(\w+):", (reading.ROOT / "configs/cluster.yaml").read_text(), re.MULTILINE))
+    files = "\n".join((reading.ROOT / "configs" / name).read_text() for name in ("cluster.yaml", "job.yaml"))
+    known = set(re.findall(r"^[#\s-]*(\w+):", files, re.MULTILINE))
     assert sorted(set(keys(yaml.safe_load(block.text))) - known) == []
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from cluster.document import load, read
 from cluster.errors import InputError
-from launcher.job import Settings
+from launcher.job import Job, Settings
 from launcher.jobfile import JobFile, make_settings, merge_notes, read_job_file
+from launcher.zero import check
 
 
 def job_file(text: str) -> JobFile:
@@ -96,3 +97,11 @@ def test_settings_are_made_of_whatever_has_their_names() -> None:
     assert make_settings({"stage": 3, "aio": {"queue_depth": 4}, "moe_leaf": ["A"], "other": 1}) == Settings(
         stage=3, aio=(("queue_depth", 4),), moe_leaf=("A",)
     )
+
+
+def test_the_annotated_job_file_loads_and_names_every_key() -> None:
+    path = Path(__file__).parents[2] / "configs/job.yaml"
+    said = read_job_file(load(path))
+    assert set(JobFile.model_fields) - said.model_fields_set == {"ds_config"}
+    assert "ds_config:" in path.read_text()
+    check(Job(script="train.py", settings=said.settings), accelerator="cuda")
