@@ -53,6 +53,8 @@ def prepare(
 ) -> Launch:
     """Look and judge; bring up what is not up. After this only the start itself can fail."""
     zero.check(job, accelerator=now.inventory.accelerator)
+    named = any(node.paths.checkpoints for node in now.inventory.nodes)  # it may be a shared folder
+    job = zero.settled(job, nodes=len(now.inventory.nodes), shared=named)
     tag = image_tag(now.inventory)
     seen = look(now, tag=tag, keep=not dry_run)
     refuse_foreign(seen.found)

@@ -7,6 +7,7 @@ https://huggingface.co/docs/accelerate/usage_guides/deepspeed and https://www.de
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
@@ -27,6 +28,8 @@ PLUGIN, FILE, PLAIN = "plugin", "file", "plain"
 
 # A norm that no gradient reaches: Accelerate drops a 0 on the way, and DeepSpeed would clip at its default, 1.0.
 UNREACHED = 1e9
+
+LOCAL_CHECKPOINTS = "checkpoint.use_node_local_storage"
 
 # What each setting is called in DeepSpeed's configuration; precision, optimizer, scheduler and aio are blocks.
 KEYS = {
@@ -211,6 +214,20 @@ def value_at(config: Mapping[str, Any], key: str) -> Any:
 def is_open(block: Mapping[str, Any]) -> bool:
     """Whether an offload block goes to NVMe and leaves open to which path."""
     return block.get("device") == "nvme" and block.get("nvme_path") in (None, "auto")
+
+
+def settled(job: Job, *, nodes: int, shared: bool) -> Job:
+    """With what follows from the nodes: who shares no folder for checkpoints writes all of them on each.
+
+    Below stage 3 DeepSpeed writes the model's part on the first node alone, and no other could resume. Nothing is added
+    to a file of the user's or to an insisted way; there the lint `node-local-checkpoints` says so.
+    """
+    stage = value_at(deepspeed_config(job), KEYS["stage"]) if uses_deepspeed(job) else PARAMETERS
+    free = job.config is None and job.settings.way in (None, "auto")
+    if nodes == 1 or shared or not free or stage == PARAMETERS:
+        return job
+    added = Settings(overrides=((LOCAL_CHECKPOINTS, True),))
+    return dataclasses.replace(job, settings=job.settings.over(added))
 
 
 # --- the plugin way --------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ class Dockerd:
         program = shutil.which("dockerd")
         if program is None:
             pytest.skip("there is no dockerd here: apt install docker.io")
-        line = [program, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
+        # In a network of its own: at its start an engine without a bridge removes the docker0 of the one beside it.
+        line = ["unshare", "--net", program, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
         line += ["--pidfile", f"{self.folder}/pid", "-H", f"unix://{self.socket}", "--storage-driver", "vfs"]
         line += ["--bridge", "none", "--iptables=false", "--ip-masq=false"]
         with (self.folder / "log").open("ab") as log:

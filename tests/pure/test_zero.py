@@ -24,6 +24,7 @@ from launcher.zero import (
     leaves_nvme_open,
     needs_nvme,
     plugin_settings,
+    settled,
     way_of,
 )
 
@@ -425,3 +426,20 @@ def test_every_combination_of_stage_and_offload_is_valid_or_refused_by_name(way:
         *itertools.product((3,), OFFLOAD, OFFLOAD),
     }
     assert set(refused.values()) == {"--offload-optimizer", "--offload-param"}
+
+
+def test_nodes_without_a_shared_folder_write_all_of_a_checkpoint_each() -> None:
+    local = (("checkpoint.use_node_local_storage", True),)
+    assert settled(plain(stage=2), nodes=3, shared=False).settings.overrides == local
+    assert way_of(settled(plain(stage=2), nodes=3, shared=False)) == "file"
+    for job, nodes, shared in (
+        (plain(), 3, False),
+        (plain(stage=3), 3, False),
+        (plain(stage=2), 1, False),
+        (plain(stage=2), 3, True),
+        (plain(stage=2, way="plugin"), 3, False),
+        (with_file(zero_optimization={"stage": 2}), 3, False),
+    ):
+        assert settled(job, nodes=nodes, shared=shared) is job
+    said = plain(stage=2, overrides=(("checkpoint.use_node_local_storage", False),))
+    assert settled(said, nodes=3, shared=False).settings == said.settings
