@@ -21,7 +21,8 @@ def lint_text(text: str, *, name: str, world_size: int | None = None) -> tuple[L
 
     `InputError` for one that cannot be read as what it is.
     """
-    is_json = text.lstrip("\ufeff \t\r\n")[:1] in ("{", "[", "") or bool(_OF_DEEPSPEED.search(text))
+    bare = text.lstrip("\ufeff \t\r\n")
+    is_json = not bare or bare.startswith(("{", "[", "//", "/*")) or bool(_OF_DEEPSPEED.search(text))
     if is_json and not _OF_ACCELERATE.search(text):
         return lint_deepspeed(dsconfig.read(text, name=name), world_size=world_size)
     return lint_accelerate(document.read(text, name), world_size=world_size)
