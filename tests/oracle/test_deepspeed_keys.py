@@ -102,7 +102,7 @@ def kind_of(annotation: Any) -> str:
         return "map"
     name = getattr(origin or annotation, "__name__", str(annotation))
     names = {"str": "text", "float": "num", "Path": "text", "tuple": "list", "dict": "map", "Dict": "map"}
-    return {**names, "object": "any", "dtype": "any"}.get(name, name)
+    return {**names, "object": "any", "dtype": "never"}.get(name, name)
 
 
 def in_our_words(key: dskeys.Key) -> str:
@@ -121,6 +121,8 @@ STRICTER = {
     "zero_optimization.zenflow.select_interval": ("int|text", "auto|int"),
     "zero_optimization.zenflow.update_interval": ("int|text", "auto|int ge 1"),
     "fp16.loss_scale": ("num", "num ge 0"),
+    "fp16.loss_scale_window": ("int", "int gt 0"),  # where the scale is dynamic
+    "fp16.min_loss_scale": ("int", "int gt 0"),
     "tensor_parallel.autotp_size": ("int", "int ge 0"),
 }
 
@@ -153,6 +155,8 @@ def test_the_classes_refuse_what_they_do_not_know() -> None:
         ("zenflow", "select_interval", "often"),
         ("zenflow", "update_interval", 0),
         ("fp16", "loss_scale", -1),
+        ("fp16", "loss_scale_window", 0),
+        ("fp16", "min_loss_scale", 0),
     ],
 )
 def test_where_we_are_stricter_a_validator_is(section: str, key: str, wrong: object) -> None:
@@ -160,8 +164,8 @@ def test_where_we_are_stricter_a_validator_is(section: str, key: str, wrong: obj
     from deepspeed.runtime.zenflow.zenflow_config import ZenFlowConfig
     from pydantic import ValidationError
 
-    with pytest.raises(ValidationError):
-        {"zenflow": ZenFlowConfig, "fp16": DeepSpeedFP16Config}[section](**{key: wrong})
+    with pytest.raises(ValidationError, match=key):
+        ZenFlowConfig(**{key: wrong}) if section == "zenflow" else DeepSpeedFP16Config(enabled=True, **{key: wrong})
 
 
 # The dictionaries
