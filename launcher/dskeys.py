@@ -19,15 +19,15 @@ Path: TypeAlias = tuple[str, ...]
 # One section after another: `[where]`, then a word that says what happens to a key that is not in the table
 # (`refuses`: DeepSpeed ends with an error; `ignores`: silently; `open`: any key may stand there), then its keys.
 #
-# A key's kind: bool, int (or a float without a fraction), num, text, name (text, not empty), list, map, any, null, never
-# (for code only), or the words that are allowed, with | between them (~ before: in any case). A bound follows (>0, >=0,
-# >=1, or an interval as in mathematics), then `?` where null may stand. `= name`: the same key has a second name.
+# A key's kind: bool, int (or a float without a fraction), num, text, name (text, not empty), list, map, any, null,
+# never (for code), or the words that are allowed, with | between them (~ before: in any case). A bound follows (>0,
+# >=0, >=1, or an interval as in mathematics), then `?` where null may stand. `= name`: the same key has a second name.
 # `-> name`: deprecated.
 _TABLE = """
 [] ignores
 train_batch_size int>0?
 train_micro_batch_size_per_gpu int>0?
-gradient_accumulation_steps int>0?
+gradient_accumulation_steps int>0
 managed_gradient_accumulation bool
 steps_per_print num>0?
 dump_state bool

@@ -1,4 +1,4 @@
-"""The facts on which the lints of a DeepSpeed configuration stand. One test per fact, asked of the libraries themselves."""
+"""The facts on which the lints of a DeepSpeed configuration stand, asked of the libraries. One test per fact."""
 
 from __future__ import annotations
 
