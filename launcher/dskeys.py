@@ -19,14 +19,15 @@ Path: TypeAlias = tuple[str, ...]
 # One section after another: `[where]`, then a word that says what happens to a key that is not in the table
 # (`refuses`: DeepSpeed ends with an error; `ignores`: silently; `open`: any key may stand there), then its keys.
 #
-# A key's kind: bool, int (or a float without a fraction), num, text, list, map, any, or the words that are allowed,
-# with | between them (~ before: in any case). A bound follows (>0, >=0, >=1, or an interval as in mathematics), then
-# `?` where null may stand. `= name`: the same key has a second name. `-> name`: deprecated, use that.
+# A key's kind: bool, int (or a float without a fraction), num, text, name (text, not empty), list, map, any, null,
+# never (for code), or the words that are allowed, with | between them (~ before: in any case). A bound follows (>0,
+# >=0, >=1, or an interval as in mathematics), then `?` where null may stand. `= name`: the same key has a second name.
+# `-> name`: deprecated.
 _TABLE = """
 [] ignores
 train_batch_size int>0?
 train_micro_batch_size_per_gpu int>0?
-gradient_accumulation_steps int>0?
+gradient_accumulation_steps int>0
 managed_gradient_accumulation bool
 steps_per_print num>0?
 dump_state bool
@@ -164,10 +165,10 @@ enabled bool
 auto_cast bool
 loss_scale num>=0
 initial_scale_power int
-loss_scale_window int
+loss_scale_window int>0
 hysteresis int
 consecutive_hysteresis bool
-min_loss_scale int
+min_loss_scale int>0
 fp16_master_weights_and_grads bool
 
 [bf16] refuses
@@ -245,8 +246,8 @@ output_file text?
 [autotuning] ignores
 enabled bool
 fast bool
-results_dir text
-exps_dir text
+results_dir name
+exps_dir name
 overwrite bool
 start_profile_step int
 end_profile_step int
@@ -312,7 +313,7 @@ enabled bool
 metrics_path text
 lr_scaling_method linear|sqrt|none
 min_batch_size int
-max_batch_size int?
+max_batch_size int
 sequence_picking_order random|seqlen|dataloader
 max_tokens int
 verbose bool
@@ -401,7 +402,7 @@ enabled bool
 synchronized bool
 
 [tensor_parallel] refuses
-dtype any
+dtype never
 autotp_size int>=0
 tp_overlap_comm bool
 vocab_parallel_lm_head bool?
@@ -447,7 +448,7 @@ num_expert_groups int>0?
 num_limited_groups int>0?
 score_func auto|softmax|sigmoid
 top_k auto|int
-load_balance_coeff any
+load_balance_coeff null
 routed_scaling_factor auto|num
 expert_w1 text?
 expert_w2 text?
@@ -608,7 +609,7 @@ class Key:
     def refuses(self, value: object) -> str | None:
         """What the value must be, where it is not; "auto" is for others to judge."""
         if value is None:
-            return None if self.null or self.kind == "any" else self.must_be
+            return None if self.null or self.kind in ("any", "null") else self.must_be
         if isinstance(value, str) and self._is_word(value):
             return None
         return None if self._fits(value) else self.must_be
@@ -625,6 +626,7 @@ class Key:
             "any": True,
             "bool": isinstance(value, bool),
             "text": isinstance(value, str),
+            "name": isinstance(value, str) and value != "",
             "list": isinstance(value, list | tuple),
             "map": isinstance(value, Mapping),
         }.get(self.kind, False)
@@ -640,6 +642,9 @@ class Key:
             "list": "a list",
             "map": "an object in braces",
             "any": "any value",
+            "null": "null",
+            "name": "text that is not empty",
+            "never": "nothing: a file cannot say it",
         }
         said = ([kinds[self.kind] + self._bounds()] if self.kind in kinds else []) + [f'"{one}"' for one in self.words]
         *others, last = said
@@ -664,7 +669,7 @@ class Section:
     keys: Mapping[str, Key]
 
 
-_KINDS = ("bool", "int", "num", "text", "list", "map", "any")
+_KINDS = ("bool", "int", "num", "text", "list", "map", "any", "null", "never", "name")
 _LINE = re.compile(r"(?P<name>\w+) (?P<kind>\S+?)(?P<null>\?)?(?: = (?P<also>\w+))?(?: -> (?P<instead>.+))?")
 _KIND = re.compile(
     r"(?P<word>.+?)(?:(?P<more>>=?)(?P<least>\d)|(?P<open>[\[(])(?P<low>\d),(?P<high>\d)(?P<close>[\])]))?"

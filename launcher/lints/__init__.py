@@ -31,7 +31,8 @@ _TEXT_WORDS = ("none",)
 
 def is_deepspeed(text: str) -> bool:
     """Whether a text is meant as a DeepSpeed JSON; else it is an Accelerate YAML. What stands in it says which."""
-    is_json = text.lstrip("\ufeff \t\r\n")[:1] in ("{", "[", "") or bool(_OF_DEEPSPEED.search(text))
+    bare = text.lstrip("\ufeff \t\r\n")
+    is_json = not bare or bare.startswith(("{", "[", "//", "/*")) or bool(_OF_DEEPSPEED.search(text))
     return is_json and not _OF_ACCELERATE.search(text)
 
 

@@ -58,7 +58,8 @@ def _batch(look: Look) -> Iterator[Lint]:
     train, micro = look.whole(TRAIN), look.whole(MICRO)
     if look.get(TRAIN) is None and look.get(MICRO) is None and not {TRAIN, MICRO} & look.supplied:
         yield told("batch-missing", where=look.where(""), what=f"neither {TRAIN} nor {MICRO} is there")
-    if look.get(TRAIN) == AUTO and not look.has(MICRO) and TRAIN not in look.supplied:
+    says_micro = MICRO in look.supplied or look.get(MICRO) is not None
+    if look.get(TRAIN) == AUTO and not says_micro and TRAIN not in look.supplied:
         what = f'{TRAIN} is "auto", and {MICRO} is missing'
         yield told("auto-unfilled", where=look.where(TRAIN), what=what, cure=f'add "{MICRO}": "auto"')
     if train is None:
@@ -69,7 +70,7 @@ def _batch(look: Look) -> Iterator[Lint]:
     if is_open and look.stage == STAGE_3 and train != (steps or 1) * (look.world_size or 1):
         what = f"{TRAIN} is {train}, and {MICRO} is {'left out' if look.get(MICRO) is None else shown(AUTO)}"
         yield told("batch-zero-init", where=look.where(TRAIN), what=what)
-    if steps and (micro or not look.has(MICRO)):
+    if steps and (micro or not says_micro):
         yield from _identity(look, train=train, micro=micro, steps=steps, world=_data_parallel(look))
 
 

@@ -271,3 +271,104 @@ class TestPlainTraining:
     def test_multi_cpu_would_leave_torchrun(self, folder: Path, kind: str) -> None:
         args = parsed(without("deepspeed_config", distributed_type=kind), folder)
         assert not any((args.multi_gpu, args.use_deepspeed, args.use_fsdp, args.tpu, args.use_megatron_lm))
+
+
+class TestLints:
+    """What the lints of an Accelerate YAML stand on (launcher/lints/accelerate.py)."""
+
+    def test_the_keys_are_these_and_two_of_old_files(self) -> None:
+        from dataclasses import fields
+
+        from accelerate.commands.config.config_args import ClusterConfig
+
+        from launcher.lints import accelerate as ours
+
+        assert {field.name for field in fields(ClusterConfig)} | {"fp16", "dynamo_backend"} == set(ours.KEYS)
+
+    @pytest.mark.parametrize("key", ["tpu_use_cluster", "tpu_use_sudo"])
+    def test_two_more_keys_are_ignored(self, folder: Path, key: str) -> None:
+        assert getattr(parsed(without(**{key: True}), folder), key) is False
+
+    def test_what_is_ignored_stays_at_these_values(self, folder: Path) -> None:
+        from launcher.lints import accelerate as ours
+
+        args = parsed(YAML, folder)
+        assert {key: getattr(args, key) for key in ours.IGNORED} == {
+            key: value for key, (value, _cure) in ours.IGNORED.items()
+        }
+
+    def test_flags_are_refused_as_keys(self, folder: Path) -> None:
+        from launcher.lints import accelerate as ours
+
+        for key in ours.FLAGS_ONLY:
+            with pytest.raises(ValueError, match="unknown keys"):
+                load(without(**{key: 1}), folder)
+
+    def test_the_plugin_has_these_keys(self) -> None:
+        """Those that `accelerate launch` knows as flags about DeepSpeed."""
+        from accelerate.commands import launch
+
+        from launcher.lints import accelerate as ours
+
+        parser = launch.launch_command_parser()
+        group = next(one for one in parser._action_groups if one.title == "DeepSpeed Arguments")
+        assert {action.dest for action in group._group_actions} == set(ours.PLUGIN)
+
+    def test_these_may_not_stand_beside_a_file(self) -> None:
+        import ast
+        import inspect
+        import textwrap
+
+        from accelerate import DeepSpeedPlugin
+
+        from launcher.lints import accelerate as ours
+
+        tree = ast.parse(textwrap.dedent(inspect.getsource(DeepSpeedPlugin._deepspeed_config_checks)))
+        names = {one.value for node in ast.walk(tree) if isinstance(node, ast.List) for one in node.elts}  # type: ignore[attr-defined]
+        fields = {name.replace("ACCELERATE_", "").replace("DEEPSPEED_", "").lower() for name in names}
+        assert fields == {*ours.OVERLAP, "mixed_precision"}
+
+    def test_every_one_of_them_becomes_that_key_of_the_file(self) -> None:
+        from accelerate import DeepSpeedPlugin
+
+        from launcher.lints import accelerate as ours
+        from tests.oracle.test_deepspeed_keys import tree_values
+
+        assert set(ours.OVERLAP.values()) == tree_values(DeepSpeedPlugin.__post_init__, "plugin_to_config_mapping")
+
+    def test_without_num_processes_launch_refuses_the_file(self, folder: Path) -> None:
+        with pytest.raises(ValueError, match="You need to manually pass in `--num_processes`"):
+            parsed(without("num_processes"), folder)
+
+    def test_without_a_kind_launch_refuses_the_file(self, folder: Path) -> None:
+        with pytest.raises(ValueError, match="A `distributed_type` must be specified"):
+            load(without("distributed_type"), folder)
+
+    def test_a_port_of_zero_is_another_on_every_machine(self, folder: Path) -> None:
+        ports = {prepared(without(main_process_port=0), folder)[1].main_process_port for _ in range(4)}
+        assert len(ports) > 1
+
+    def test_a_port_left_out_is_29500(self, folder: Path) -> None:
+        assert prepared(without("main_process_port"), folder)[1].rdzv_endpoint == "10.0.0.1:29500"
+
+    def test_the_precisions_are_these(self) -> None:
+        from accelerate.utils import PrecisionType
+
+        from launcher.lints import accelerate as ours
+
+        assert set(PrecisionType.list()) == set(ours.PRECISIONS)
+
+    def test_deepspeed_settings_without_deepspeed_are_not_used(self, folder: Path) -> None:
+        assert parsed(without(distributed_type="MULTI_GPU"), folder).use_deepspeed is False
+
+    def test_sharded_building_below_stage_3_is_warned_of_and_dropped(self) -> None:
+        from accelerate import DeepSpeedPlugin
+
+        with pytest.warns(UserWarning, match="only applicable for ZeRO Stage 3"):
+            assert DeepSpeedPlugin(zero_stage=2, zero3_init_flag=True).zero3_init_flag is False
+
+    def test_the_standard_launcher_reads_no_hostfile(self, folder: Path) -> None:
+        command, args, env = prepared(deepspeed(deepspeed_hostfile="/etc/hosts"), folder)
+        assert command is None
+        assert "/etc/hosts" not in env.values()
+        assert args.deepspeed_hostfile == "/etc/hosts"
