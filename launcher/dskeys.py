@@ -554,16 +554,16 @@ OPTIMIZER_WORDS: Mapping[str, str] = MappingProxyType(
     }
 )
 
-Filler: TypeAlias = Literal["dataloader", "accumulation", "hidden_size", "optimizer", "scheduler", "trainer"]
+Filler: TypeAlias = Literal["dataloader", "accumulation", "hidden-size", "optimizer", "scheduler", "trainer"]
 # Who fills an "auto": Accelerate with what the script gives it, or only transformers' Trainer.
 FILLED: Mapping[str, Filler] = MappingProxyType(
     {
         "train_batch_size": "dataloader",
         "train_micro_batch_size_per_gpu": "dataloader",
         "gradient_accumulation_steps": "accumulation",
-        "zero_optimization.reduce_bucket_size": "hidden_size",
-        "zero_optimization.stage3_prefetch_bucket_size": "hidden_size",
-        "zero_optimization.stage3_param_persistence_threshold": "hidden_size",
+        "zero_optimization.reduce_bucket_size": "hidden-size",
+        "zero_optimization.stage3_prefetch_bucket_size": "hidden-size",
+        "zero_optimization.stage3_param_persistence_threshold": "hidden-size",
         "optimizer.params.lr": "optimizer",
         "optimizer.params.weight_decay": "optimizer",
         "optimizer.params.betas": "trainer",

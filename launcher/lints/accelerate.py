@@ -132,30 +132,28 @@ def _values(view: View) -> Iterator[Lint]:
     if precision is False:
         yield told("precision-unquoted", where=view.where("mixed_precision"), what="mixed_precision is false")
     elif precision is not None and str(precision).lower() not in PRECISIONS:
-        yield from _value(view, "mixed_precision", '"no", fp16, bf16 or fp8', dies="it")
+        yield from _value(view, "mixed_precision", '"no", fp16, bf16 or fp8')
     if precision == "fp16" and view.accelerator == "cpu":
         what = "mixed_precision is fp16, and there is no GPU"
         yield told("fp16-on-cpu", where=view.where("mixed_precision"), what=what)
     for key in ("num_processes", "num_machines", "machine_rank", "main_process_port"):
         given = view.data.get(key)
         if given is not None and (view.count(key) is None or (view.count(key) or 0) < -1):
-            yield from _value(view, key, "a whole number", dies="the launch")
+            yield from _value(view, key, "a whole number")
     for key in BLOCKS:
         if key in view.data and view.data[key] is not None and not isinstance(view.data[key], Mapping):
-            yield from _value(view, key, "keys below it", dies="the launch")
+            yield from _value(view, key, "keys below it")
     if view.data.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
-        yield from _value(view, "compute_environment", "LOCAL_MACHINE", dies="the launch")
+        yield from _value(view, "compute_environment", "LOCAL_MACHINE")
     if not isinstance(view.data.get("distributed_type"), str):
         where = view.where("distributed_type")
-        consequence = 'accelerate launch refuses the file: "A `distributed_type` must be specified"'
         what = "distributed_type is missing" if "distributed_type" not in view.data else "distributed_type is no text"
-        yield told("accelerate-value", where=where, what=what, consequence=consequence, right="DEEPSPEED")
+        yield told("accelerate-value", where=where, what=what, right="DEEPSPEED")
 
 
-def _value(view: View, key: str, right: str, *, dies: str) -> Iterator[Lint]:
+def _value(view: View, key: str, right: str) -> Iterator[Lint]:
     what = f"{key} is {shown(view.data[key])}"
-    consequence = f"accelerate launch ends with an error over {dies}"
-    yield told("accelerate-value", where=view.where(key), what=what, consequence=consequence, right=right)
+    yield told("accelerate-value", where=view.where(key), what=what, right=right)
 
 
 def _shape(view: View) -> Iterator[Lint]:
@@ -291,8 +289,7 @@ def _plugin_values(view: View) -> Iterator[Lint]:
         given = view.plugin.get(key)
         if given is not None and not fits(given):
             where, what = view.where("deepspeed_config", key), f"{key} is {shown(given)}"
-            consequence = "the job ends with an error, or takes it for something else"
-            yield told("accelerate-value", where=where, what=what, consequence=consequence, right=right)
+            yield told("accelerate-value", where=where, what=what, right=right)
 
 
 def _below_3(view: View, stage: int) -> Iterator[Lint]:

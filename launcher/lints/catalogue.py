@@ -104,7 +104,7 @@ it becomes {value}, silently
 write the value that is meant
 == nvme-below-stage-3
 offloading to NVMe below ZeRO stage 3
-{consequence}
+DeepSpeed keeps the optimizer's states in the host's memory, as if the device were cpu
 set the stage to 3, or the device to cpu
 == offload-param-below-stage-3
 offloading parameters below ZeRO stage 3
@@ -116,7 +116,7 @@ DeepSpeed builds a CPU optimizer for parameters that are on the GPU, and it ends
 set the stage to 1, 2 or 3, or the device to none
 == nvme-without-path
 offloading to NVMe without a path
-{consequence}
+it swaps into the working directory, which in a container is the root disk
 write "nvme_path": where the drive is mounted
 == nvme-no-mount
 an NVMe path that is no mount
@@ -212,7 +212,7 @@ accelerate launch refuses the file: "had unknown keys"
 {cure}
 == accelerate-value
 a value that Accelerate cannot take
-{consequence}
+accelerate launch or the job ends with an error, or takes it for something else
 write {right}
 == precision-unquoted
 mixed_precision: no, without quotes
@@ -277,10 +277,26 @@ write {right}
 a fixed train_batch_size beside an open train_micro_batch_size_per_gpu at ZeRO stage 3
 a model that is built sharded (zero3_init_flag) takes 1 for the open one: `from_pretrained` ends with an error
 write "train_batch_size": "auto", or give both
-== auto-script
-"auto" that Accelerate fills with what the script hands to accelerator.prepare
-{consequence}
-{cure}
+== auto-dataloader
+"auto" that Accelerate fills from the script's DataLoader
+without a DataLoader that has a batch_size, accelerator.prepare ends with an error
+hand a DataLoader with a batch_size to accelerator.prepare, together with the model; or write numbers
+== auto-accumulation
+"auto" that Accelerate fills from the script's Accelerator
+it becomes what Accelerator(gradient_accumulation_steps=…) says, else 1
+say it in the script, or write a number
+== auto-hidden-size
+"auto" that Accelerate fills from the model's config
+with a model that has no config.hidden_size or config.hidden_sizes, accelerator.prepare ends with an error
+give the model a config with hidden_size, or write numbers
+== auto-optimizer
+"auto" that Accelerate fills from the script's DummyOptim
+it becomes what accelerate.utils.DummyOptim is given; its own defaults are lr 0.001 and weight_decay 0
+give lr and weight_decay to DummyOptim in the script, or write numbers
+== auto-scheduler
+"auto" that Accelerate fills from the script's DummyScheduler
+without one, or without its total_num_steps where that is "auto", accelerator.prepare ends with an error
+give total_num_steps and warmup_num_steps to accelerate.utils.DummyScheduler, or write numbers
 == auto-trainer
 "auto" that only the Trainer of transformers fills as it was meant
 with any other script {outcome}

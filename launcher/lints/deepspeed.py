@@ -126,8 +126,7 @@ def _offload(look: Look) -> Iterator[Lint]:
         elif part == "offload_param" and look.below_3:
             yield told("offload-param-below-stage-3", where=look.where(at), what=said)
         elif device == "nvme" and look.below_3:
-            consequence = "DeepSpeed keeps the optimizer's states in the host's memory, as if the device were cpu"
-            yield told("nvme-below-stage-3", where=look.where(at), what=said, consequence=consequence)
+            yield told("nvme-below-stage-3", where=look.where(at), what=said)
         elif device == "nvme":
             yield from _path(look, part)
         else:
@@ -149,11 +148,8 @@ def _path(look: Look, part: str) -> Iterator[Lint]:
     if at in look.supplied or path == AUTO or not (path is None or isinstance(path, str)):
         return
     if path in (None, "", "none"):
-        consequence = (
-            "it swaps to ./None in the working directory" if path is None else "it swaps to the working directory"
-        )
         what = f"{part}.device is 'nvme', and nvme_path is {'missing' if path is None else shown(path)}"
-        yield told("nvme-without-path", where=look.where(at), what=what, consequence=consequence)
+        yield told("nvme-without-path", where=look.where(at), what=what)
         return
     mounts = ", ".join(look.nvme) if look.nvme else "the nodes have none (nvme: in the inventory)"
     if not path.startswith("/"):

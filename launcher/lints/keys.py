@@ -152,43 +152,12 @@ def _auto_unfilled(look: Look, path: tuple[str, ...]) -> Iterator[Lint]:
     yield told("auto-unfilled", where=look.config.where(path), what=f'{dots(path)} is "auto"', cure=cure)
 
 
-_FROM_SCRIPT: tuple[tuple[str, str, str], ...] = (
-    (
-        "dataloader",
-        "without a DataLoader that has a batch_size, accelerator.prepare ends with an error",
-        "hand a DataLoader with a batch_size to accelerator.prepare, together with the model; or write numbers",
-    ),
-    (
-        "accumulation",
-        "it becomes what Accelerator(gradient_accumulation_steps=…) says in the script, else 1",
-        "say it in the script, or write a number",
-    ),
-    (
-        "hidden_size",
-        "a model without config.hidden_size or config.hidden_sizes ends with an error",
-        "give the model a config with hidden_size, or write numbers",
-    ),
-    (
-        "optimizer",
-        "it becomes what the script's DummyOptim says",
-        "give lr and weight_decay to accelerate.utils.DummyOptim, or write numbers",
-    ),
-    (
-        "scheduler",
-        "it becomes what the script's DummyScheduler says, and without one accelerator.prepare ends with an error",
-        "give total_num_steps and warmup_num_steps to accelerate.utils.DummyScheduler, or write numbers",
-    ),
-)
-
-
 def _auto_from_script(look: Look) -> Iterator[Lint]:
     """One lint for each thing that the script must bring, however many keys wait for it."""
-    for filler, consequence, cure in _FROM_SCRIPT:
-        keys = [
-            key
-            for key, one in dskeys.FILLED.items()
-            if one == filler and look.get(key) == AUTO and key not in look.supplied
-        ]
-        if keys:
-            what = f'{" and ".join(keys)} {"are" if len(keys) > 1 else "is"} "auto"'
-            yield told("auto-script", where=look.where(keys[0]), what=what, consequence=consequence, cure=cure)
+    waiting: dict[str, list[str]] = {}
+    for key, filler in dskeys.FILLED.items():
+        if filler != "trainer" and look.get(key) == AUTO and key not in look.supplied:
+            waiting.setdefault(filler, []).append(key)
+    for who, keys_of_it in waiting.items():
+        what = f'{" and ".join(keys_of_it)} {"are" if len(keys_of_it) > 1 else "is"} "auto"'
+        yield told(f"auto-{who}", where=look.where(keys_of_it[0]), what=what)

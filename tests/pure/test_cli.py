@@ -123,6 +123,50 @@ def test_a_wrong_inventory_is_refused_with_its_place(call: Shell) -> None:
     assert "cluster.yaml:2:1: nods is no key; did you mean 'nodes'?" in told.err
 
 
+RIGHT = '{"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}'
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "code", "last"),
+    [
+        (RIGHT, (), 0, "no findings"),
+        (RIGHT.replace('"stage": 2', '"stage": 3'), (), 0, "1 warning"),
+        (RIGHT.replace('"stage": 2', '"stag": 2'), (), 2, "1 error"),
+        (RIGHT[:-1] + ', "train_batch_size": 6}', (), 0, "no findings"),
+        (RIGHT[:-1] + ', "train_batch_size": 6}', ("--world-size", "4"), 2, "1 error"),
+        ("distributed_type: DEEPSPEED\nnum_machines: 2\nnum_processes: 3\n", (), 2, "3 errors, 2 warnings"),
+    ],
+)
+def test_a_configuration_is_checked_whatever_its_name(
+    call: Shell, content: str, options: tuple[str, ...], code: int, last: str
+) -> None:
+    (call.folder / "file").write_text(content)
+    told = call("config", "check", *options, "file")
+    assert (told.code, told.out.splitlines()[-1], told.err) == (code, last, "")
+
+
+def test_a_checked_configuration_is_told_as_data_too(call: Shell) -> None:
+    (call.folder / "ds.json").write_text(RIGHT.replace('"stage": 2', '"stag": 2'))
+    told = call("config", "check", "--json", "ds.json")
+    assert told.code == 2
+    assert [(one["id"], one["where"]) for one in json.loads(told.out)] == [("unknown-key", "ds.json:1:87")]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{,}", "error: ds.json:1:2: not a DeepSpeed JSON: a key must be text in double quotes; here stands ','\n"),
+        (None, "error: ds.json: there is no such file\n"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_one_message(call: Shell, content: str | None, said: str) -> None:
+    if content is not None:
+        (call.folder / "ds.json").write_text(content)
+    told = call("config", "check", "ds.json")
+    assert (told.code, told.out) == (2, "")
+    assert told.err.startswith(said)
+
+
 def test_nothing_is_connected_to_before_the_settings_make_sense(call: Shell) -> None:
     (call.folder / "cluster.yaml").write_text(INVENTORY)
     (call.folder / "train.py").touch()

@@ -374,6 +374,12 @@ def test_what_does_not_go_together_is_named(config: dict[str, Any], what: str) -
     assert [lint.what for lint in lints(BASE | config) if lint.level == "error"] == [what]
 
 
+def test_a_norm_is_needed_where_deepspeed_clips_unasked() -> None:
+    config = {key: value for key, value in BASE.items() if key != "gradient_clipping"}
+    found = ids(config | zero(2, compute_grad_norm=False))
+    assert found == ["grad-norm", "clipping-default"]
+
+
 def test_old_names_say_what_they_are_called_now() -> None:
     found = lints(BASE | {"zero_optimization": {"stage": 3, "cpu_offload_param": False} | GATHER})
     assert [lint.cure for lint in found] == ['write "offload_param": {"device": "none"}']

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.container import LABEL_ROLE, LABEL_RUN, Container, ContainerState
 from launcher.job import Job, Settings
+from launcher.lints import Lint
 from launcher.plan import Plan, make_plan
 from launcher.state import RunState
 from launcher.views import text
@@ -236,3 +237,31 @@ def test_a_long_command_with_line_ends_stays_one_cell() -> None:
     row = text.run_row("lab", replace(OVER, command=("train.py", "x\ny", "z" * 100)))
     _, line = text.run_table([row]).splitlines()
     assert line.endswith("…")
+
+
+LINTS = (
+    Lint(id="a", level="error", where="ds.json:1:2", what="one", consequence="it breaks", cure="do this"),
+    Lint(id="b", level="warning", where="ds.json:3:4", what="two", consequence="it is slow", cure="do that"),
+    Lint(id="b", level="warning", where="--set", what="three", consequence="it is slow", cure="do that"),
+)
+
+
+def test_lints_say_where_what_and_what_next() -> None:
+    assert text.lints_text(LINTS) == (
+        "ds.json:1:2: error: one [a]\n  if left: it breaks\n  next: do this\n"
+        "ds.json:3:4: warning: two [b]\n  if left: it is slow\n  next: do that\n"
+        "--set: warning: three [b]\n  if left: it is slow\n  next: do that\n"
+        "1 error, 2 warnings"
+    )
+    assert text.lints_text(()) == "no findings"
+
+
+def test_lints_are_data_too() -> None:
+    assert text.lints_data(LINTS)[0] == {
+        "id": "a",
+        "level": "error",
+        "where": "ds.json:1:2",
+        "what": "one",
+        "consequence": "it breaks",
+        "cure": "do this",
+    }
