@@ -48,6 +48,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -152,6 +153,7 @@ class GPT(nn.Module):
     def __init__(self, shape: Shape, *, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
+        self.config = SimpleNamespace(hidden_size=shape.width)  # Accelerate fills "auto" bucket sizes from it
         self.letters = nn.Embedding(len(ALPHABET), shape.width)
         self.places = nn.Embedding(shape.block, shape.width)
         self.layers = nn.Sequential(*(Layer(shape) for _ in range(shape.layers)))
@@ -215,8 +217,14 @@ def partitioned(accelerator: Accelerator, *, micro: int) -> contextlib.AbstractC
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3 or not plugin.is_zero3_init_enabled():
         return contextlib.nullcontext()
+    return zero_init(accelerator, micro=micro)
+
+
+def zero_init(accelerator: Accelerator, *, micro: int) -> contextlib.AbstractContextManager[Any]:
+    """What is built inside is dealt out over the processes, tensor by tensor."""
     import deepspeed  # only where it is used
 
+    plugin = accelerator.state.deepspeed_plugin
     config = without_auto(plugin.deepspeed_config) | {"train_micro_batch_size_per_gpu": micro}
     config.pop("train_batch_size", None)
     return deepspeed.zero.Init(config_dict_or_path=config)

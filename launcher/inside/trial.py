@@ -12,6 +12,7 @@ The first process of each machine prints a line per check. A check that fails en
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import io
@@ -117,6 +118,7 @@ def training_under_deepspeed() -> None:
     rows = torch.randn(8 * accelerator.num_processes, 4)
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows, rows.sum(1, keepdim=True)), batch_size=8)
     model = torch.nn.Linear(4, 1)
+    model.config = argparse.Namespace(hidden_size=64)  # from which Accelerate fills bucket sizes that are "auto"
     optimizer = (DummyOptim if "optimizer" in config else torch.optim.AdamW)(model.parameters(), lr=0.05)
     further = [DummyScheduler(optimizer, total_num_steps=1000, warmup_num_steps=1)] if "scheduler" in config else []
     model, optimizer, data, *_ = accelerator.prepare(model, optimizer, data, *further)
