@@ -43,6 +43,8 @@ def main() -> None:
     accelerator = Accelerator()
     if stage_of(accelerator) != 3:
         refuse(accelerator, "only ZeRO-3 deals the weights out: launcher run --stage 3, or accelerate's --zero_stage 3")
+    if strange := sorted(set("".join(args.prompt)) - set(CODES)):
+        refuse(accelerator, f"the model knows no {''.join(strange)!r}: small letters, digits, spaces and . + =")
     config = read_config(accelerator, args.model)
     shape = Shape(**{name: value for name, value in config.items() if name != "alphabet"})
     settle(accelerator)
@@ -154,14 +156,10 @@ def write(
     accelerator: Accelerator, model: nn.Module, shape: Shape, args: argparse.Namespace
 ) -> Iterator[tuple[str, str]]:
     """Each prompt with its text, in order."""
-    prompts = args.prompt or ["the red boat"]
-    for prompt in prompts:
-        if strange := sorted(set(prompt) - set(CODES)):
-            refuse(accelerator, f"the model knows no {''.join(strange)!r}, in {prompt!r}")
-    for first in range(0, len(prompts), accelerator.num_processes):
-        turn = prompts[first : first + accelerator.num_processes]
+    for first in range(0, len(args.prompt), accelerator.num_processes):
+        turn = args.prompt[first : first + accelerator.num_processes]
         number = first + accelerator.process_index
-        text = prompts[number] if number < len(prompts) else ""
+        text = args.prompt[number] if number < len(args.prompt) else ""
         yield from zip(turn, gather_object([go_on(accelerator, model, text, shape, args, seed=number)]), strict=False)
 
 
@@ -217,7 +215,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=60, metavar="LETTERS")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--check", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.prompt = args.prompt or ["the red boat"]
+    return args
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def _by_value(by_node: Mapping[str, Any]) -> list[str]:
     """A line per value with the nodes that have it, those that many have first."""
     holders: dict[str, list[str]] = {}
     for node, value in by_node.items():
-        holders.setdefault("-" if value is None else str(value), []).append(node)
+        said = "-" if value is None else "(empty)" if value == "" else str(value)
+        holders.setdefault(said, []).append(node)
     ordered = sorted(holders.items(), key=lambda one: -len(one[1]))
     width = max(len(", ".join(nodes)) for _, nodes in ordered)
     return [f"    {', '.join(nodes):<{width}}  {value}" for value, nodes in ordered]
