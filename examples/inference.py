@@ -3,11 +3,11 @@
     launcher run --stage 3 examples/inference.py --model /checkpoints/job/final --prompt "the red boat"
     accelerate launch --use_deepspeed --zero_stage 3 examples/inference.py --model out/final
 
-The model is a folder as train.py leaves it in OUT/final: config.json, and model.safetensors or several of them with an
-index, whatever wrote them. Each process holds 1/N of every tensor and reads only the rows in which its part lies;
-layer by layer the parts are gathered for the computation and let go again. So every process has to take part in every
-step of every other one. They write different texts: the prompts are dealt out, and who is done goes on computing
-until all are.
+The model is a folder as train.py leaves it in OUT/final, with config.json and model.safetensors; or one that was
+exported from a checkpoint, in one file or several, and --config for the model's shape. Each process holds 1/N of every
+tensor and reads only the rows in which its part lies; layer by layer the parts are gathered for the computation and let
+go again. So every process has to take part in every step of every other one. They write different texts: the prompts
+are dealt out, and who is done goes on computing until all are.
 
     --prompt TEXT         may be repeated; the same prompt gives the same text on any number of processes
     --length 60           letters at most; a text ends with its line
@@ -45,7 +45,7 @@ def main() -> None:
         refuse(accelerator, "only ZeRO-3 deals the weights out: launcher run --stage 3, or accelerate's --zero_stage 3")
     if strange := sorted(set("".join(args.prompt)) - set(CODES)):
         refuse(accelerator, f"the model knows no {''.join(strange)!r}: small letters, digits, spaces and . + =")
-    config = read_config(accelerator, args.model)
+    config = read_config(accelerator, args.config or args.model / "config.json")
     shape = Shape(**{name: value for name, value in config.items() if name != "alphabet"})
     settle(accelerator)
     with zero_init(accelerator, micro=1):
@@ -74,9 +74,9 @@ def settle(accelerator: Accelerator) -> None:
         zero["stage3_param_persistence_threshold"] = 0  # else small tensors are whole everywhere
 
 
-def read_config(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+def read_config(accelerator: Accelerator, path: Path) -> dict[str, Any]:
     """The model's shape, as the main process finds it."""
-    path, said = folder / "config.json", None
+    said = None
     if accelerator.is_main_process and path.is_file():
         said = json.loads(path.read_text())
     said = broadcast_object_list([said])[0]
@@ -211,6 +211,7 @@ def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: config.json in the folder")
     parser.add_argument("--prompt", action="append", metavar="TEXT")
     parser.add_argument("--length", type=int, default=60, metavar="LETTERS")
     parser.add_argument("--temperature", type=float, default=0.0)

@@ -24,12 +24,13 @@ Precision and ZeRO come from the Accelerate config, by plugin settings or by a D
 that file, the file's optimizer is used, and so with its `scheduler`; `"auto"` values are filled from the options here.
 
 Two things are saved. A checkpoint is the 32-bit whole: weights, optimizer, step; every process writes its own shards
-beside it, so without a shared file system each machine has its part. It counts once `complete` lies in it, which lists
-its files; the newest one that is complete on all machines is taken, and DeepSpeed's own `latest` is not asked. A ZeRO
-checkpoint fits only as many processes as have written it; turned into a universal one it fits any number, and
-`--resume FOLDER` knows it when it sees it. OUT/final is the model alone, gathered: config.json and model.safetensors,
-in several files where it is large. At the end it is loaded again into a plain torch model, must give the same loss, and
-writes a sample. weights.py shows that all ways back give the same weights, inference.py writes with them.
+beside it, so without a shared file system each machine has its part. It counts once `complete` lies in it, with a list
+of the machine's files and their sizes. The newest one that is whole on all machines is taken; DeepSpeed's own `latest`
+is not asked. A ZeRO checkpoint fits only as many processes as have written it; turned into a universal one it fits any
+number, and `--resume FOLDER` knows it when it sees it.
+OUT/final is the model alone, gathered: config.json and model.safetensors, in several files where it is large. At the
+end it is loaded again into a plain torch model, must give the same loss, and writes a sample.
+weights.py shows that all ways back lead to the same weights, inference.py writes with them.
 OUT is $LAUNCHER_CHECKPOINTS/<run> under launcher, else ./out.
 """
 
@@ -426,22 +427,25 @@ def save(accelerator: Accelerator, out: Path, *, step: int) -> None:
     accelerator.wait_for_everyone()
     accelerator.save_state(str(folder))
     accelerator.wait_for_everyone()
-    files = settled_files(folder) if accelerator.is_local_main_process else {}
-    accelerator.wait_for_everyone()  # all have looked before anyone writes
     if accelerator.is_local_main_process:
-        said = {"step": step, "processes": accelerator.num_processes, "stage": stage_of(accelerator), "files": files}
-        write_whole(folder / "complete", json.dumps(said, indent=1) + "\n")
+        files = settled_files(folder)
+        write_whole(folder / f"files-{accelerator.process_index:05d}.json", json.dumps(files, indent=1) + "\n")
+    accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process:
+        said = {"step": step, "processes": accelerator.num_processes, "stage": stage_of(accelerator)}
+        write_whole(folder / "complete", json.dumps(said) + "\n")
     accelerator.wait_for_everyone()
     accelerator.print(f"saved {folder}")
 
 
 def settled_files(folder: Path) -> dict[str, int]:
     """The bytes of every file in a folder, by its path there; when they are told, they are on the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
+    found = {}
+    for path in sorted(path for path in folder.rglob("[!.]*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files if path.name != "latest"}
+            found[path.relative_to(folder).as_posix()] = os.fstat(file.fileno()).st_size
+    return {name: size for name, size in found.items() if name != "latest" and not name.startswith("files-")}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -462,7 +466,8 @@ def choose(accelerator: Accelerator, where: Path) -> Path | None:
     where = where.parent if where.name == ENGINE else where
     single = any(gather_object([(where / ENGINE).is_dir() or (where / "complete").is_file()]))
     folders = [where] if single else sorted(where.glob("step-*"))
-    faults = gather_object([{folder.name: fault(folder) for folder in folders}])
+    rank = accelerator.process_index
+    faults = gather_object([{folder.name: fault(folder, rank=rank) for folder in folders}])
     for name in sorted(set().union(*faults), reverse=True):
         wrong = [(rank, mine.get(name, "it is not there")) for rank, mine in enumerate(faults) if mine.get(name, "-")]
         folder = where if single else where / name
@@ -477,18 +482,25 @@ def choose(accelerator: Accelerator, where: Path) -> Path | None:
     return None
 
 
-def fault(folder: Path) -> str | None:
-    """What this machine's part of a checkpoint lacks; None where it is whole."""
+def fault(folder: Path, *, rank: int) -> str | None:
+    """What a process cannot load a checkpoint for; None where all that it needs is there, and all that is there whole.
+
+    Each machine's list names what it had; where checkpoints were moved about, several machines' files may lie here.
+    """
     if is_universal(folder):
         return None
     try:
-        files = json.loads((folder / "complete").read_text() or "{}").get("files", {})
+        json.loads((folder / "complete").read_text() or "{}")
+        lists = [json.loads(path.read_text()) for path in sorted(folder.glob("files-*.json"))]
     except (OSError, ValueError):
         return "it was not saved to its end"
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            return f"{name} is {'torn' if path.is_file() else 'missing'}"
+    for files in lists:
+        for name, size in files.items():
+            path = folder / name
+            if path.is_file() and path.stat().st_size != size:
+                return f"{name} is torn"
+            if not path.is_file() and f"random_states_{rank}.pkl" in files:  # the list of the machine that it ran on
+                return f"{name} is missing"
     return None
 
 

@@ -38,10 +38,10 @@ def later(ran: Ran) -> dict[int, float]:
 def test_a_checkpoint_lists_its_files(trained: tuple[Path, Ran]) -> None:
     out, _ = trained
     folder = out / "step-00000002"
-    said = json.loads((folder / "complete").read_text())
-    assert (said["step"], said["processes"], said["stage"]) == (2, 2, 3)
-    kept = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert set(said["files"]) == kept - {"complete", "latest"}
+    assert json.loads((folder / "complete").read_text()) == {"step": 2, "processes": 2, "stage": 3}
+    kept = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    listed = json.loads((folder / "files-00000.json").read_text())
+    assert listed == {name: kept[name] for name in kept.keys() - {"complete", "latest", "files-00000.json"}}
     assert "pytorch_model/zero_pp_rank_1_mp_rank_00_optim_states.pt" in kept
 
 
