@@ -515,9 +515,7 @@ def fit(accelerator: Accelerator, folder: Path) -> None:
     if plugin is not None:
         section = plugin.deepspeed_config.setdefault("checkpoint", {})
         if section.get("load_universal") and not is_universal(folder):
-            raise SystemExit(
-                f'the DeepSpeed config says "load_universal": true, but {folder} is no universal checkpoint'
-            )
+            refuse(accelerator, f'the DeepSpeed config says "load_universal": true, but {folder} is not universal')
         section["load_universal"] = is_universal(folder)
     if is_universal(folder):
         if plugin is None:

@@ -56,7 +56,7 @@ def run_on(
                 text=True,
             )
         )
-    said = [one.communicate(timeout=300)[0] for one in running]
+    said = [one.communicate(timeout=900)[0] for one in running]
     return [Ran(code=one.returncode, text=text) for one, text in zip(running, said, strict=True)]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.oracle.running import EXAMPLES, Ran, run, run_on
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.timeout(1800)]
 
 TRAIN = EXAMPLES / "train.py"
 BATCH = ("--global-batch", 12)

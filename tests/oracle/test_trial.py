@@ -11,7 +11,7 @@ import pytest
 
 from tests.oracle.running import INSIDE, run, run_on
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.timeout(1800)]
 
 TRIAL = INSIDE / "trial.py"
 
