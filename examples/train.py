@@ -14,13 +14,24 @@ ZeRO stage, up to rounding. Compare two curves with `diff <(jq .loss a/loss.json
     --save-every 100                        a checkpoint every 100 steps, in OUT/step-00000100
     --resume                                go on from the newest checkpoint in --out (or --resume FOLDER); the first
                                             run of a job that always says --resume starts anew
+    --load FOLDER                           begin with these weights: OUT/final, or what zero_to_fp32 has written
+    --save-dtype bf16                       the precision of OUT/final (default: the one that was trained in)
+    --recompute                             keep no activations between layers, compute them again: less memory
     --log-every 1                           a line per step
     --width 512                             a model large enough for NVMe offload: smaller tensors are never swapped
 
 Precision and ZeRO come from the Accelerate config, by plugin settings or by a DeepSpeed file. With an `optimizer` in
 that file, the file's optimizer is used, and so with its `scheduler`; `"auto"` values are filled from the options here.
-At the end OUT/final/model.safetensors holds the whole model; it is loaded again into a plain torch model, must give the
-same loss, and writes a sample. OUT is $LAUNCHER_CHECKPOINTS/<run> under launcher, else ./out.
+
+Two things are saved. A checkpoint is the 32-bit whole: weights, optimizer, step; every process writes its own shards
+beside it, so without a shared file system each machine has its part. It counts once `complete` lies in it, with a list
+of the machine's files and their sizes. The newest one that is whole on all machines is taken; DeepSpeed's own `latest`
+is not asked. A ZeRO checkpoint fits only as many processes as have written it; turned into a universal one it fits any
+number, and `--resume FOLDER` knows it when it sees it.
+OUT/final is the model alone, gathered: config.json and model.safetensors, in several files where it is large. At the
+end it is loaded again into a plain torch model, must give the same loss, and writes a sample.
+weights.py shows that all ways back lead to the same weights, inference.py writes with them.
+OUT is $LAUNCHER_CHECKPOINTS/<run> under launcher, else ./out.
 """
 
 from __future__ import annotations
@@ -31,19 +42,24 @@ import json
 import math
 import os
 import random
+import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DummyOptim, DummyScheduler, broadcast_object_list
+from accelerate.utils import DummyOptim, DummyScheduler, broadcast_object_list, gather_object
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 EVALUATION = -1  # the step that no training ever reaches: its samples are for evaluation
 
@@ -135,8 +151,10 @@ class Layer(nn.Module):
 class GPT(nn.Module):
     """Letters in, a guess at each next letter out."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, *, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
+        self.config = SimpleNamespace(hidden_size=shape.width)  # Accelerate fills "auto" bucket sizes from it
         self.letters = nn.Embedding(len(ALPHABET), shape.width)
         self.places = nn.Embedding(shape.block, shape.width)
         self.layers = nn.Sequential(*(Layer(shape) for _ in range(shape.layers)))
@@ -147,7 +165,9 @@ class GPT(nn.Module):
         """From (batch, time) codes to (batch, time, letter) logits."""
         places = torch.arange(letters.shape[1], device=letters.device)
         x = self.letters(letters) + self.places(places)
-        return self.guess(self.last(self.layers(x)))
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=True) if self.recompute and self.training else layer(x)
+        return self.guess(self.last(x))
 
 
 def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
@@ -169,10 +189,10 @@ def write_text(model: nn.Module, *, length: int, block: int, seed: int) -> str:
 # Building it, alike everywhere.
 
 
-def make_model(shape: Shape, *, seed: int, accelerator: Accelerator, micro: int) -> GPT:
+def make_model(shape: Shape, *, seed: int, accelerator: Accelerator, micro: int, recompute: bool = False) -> GPT:
     """The model with its first weights; under ZeRO-3 no process ever holds all of it."""
     with partitioned(accelerator, micro=micro):
-        model = GPT(shape)
+        model = GPT(shape, recompute=recompute)
     for number, parameter in enumerate(model.parameters()):
         with whole(parameter):
             first_weights(parameter.data, seed=f"{seed} {number}", layers=shape.layers)
@@ -198,8 +218,14 @@ def partitioned(accelerator: Accelerator, *, micro: int) -> contextlib.AbstractC
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3 or not plugin.is_zero3_init_enabled():
         return contextlib.nullcontext()
+    return zero_init(accelerator, micro=micro)
+
+
+def zero_init(accelerator: Accelerator, *, micro: int) -> contextlib.AbstractContextManager[Any]:
+    """What is built inside is dealt out over the processes, tensor by tensor."""
     import deepspeed  # only where it is used
 
+    plugin = accelerator.state.deepspeed_plugin
     config = without_auto(plugin.deepspeed_config) | {"train_micro_batch_size_per_gpu": micro}
     config.pop("train_batch_size", None)
     return deepspeed.zero.Init(config_dict_or_path=config)
@@ -291,9 +317,13 @@ def main() -> None:
     accelerator = Accelerator(gradient_accumulation_steps=args.accumulation or 1)
     shape = Shape(block=args.block, layers=args.layers, heads=args.heads, width=args.width)
     micro = settle_batch(accelerator, args)
+    settle_folders(accelerator, args.out)
+    start = None if args.resume is None else choose(accelerator, Path(args.resume or args.out))
     plugin = accelerator.state.deepspeed_plugin
     config = plugin.deepspeed_config if plugin is not None else {}
-    model: Any = make_model(shape, seed=args.seed, accelerator=accelerator, micro=micro)
+    model: Any = make_model(shape, seed=args.seed, accelerator=accelerator, micro=micro, recompute=args.recompute)
+    if args.load:
+        load(accelerator, model, args.load)
     count = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
     optimizer = make_optimizer(model, args, config)
     theirs = "scheduler" in config
@@ -304,11 +334,12 @@ def main() -> None:
     accelerator.register_for_checkpointing(progress)
     accelerator.print(
         f"{count:,} weights, {accelerator.num_processes} processes on {accelerator.device.type}, "
-        f"ZeRO-{plugin.zero_stage if plugin is not None else 0}, {args.global_batch} samples a step "
+        f"ZeRO-{stage_of(accelerator)}, {args.global_batch} samples a step "
         f"= {accelerator.num_processes} x {accelerator.gradient_accumulation_steps} x {micro}"
     )
-    if args.resume is not None:
-        resume(accelerator, Path(args.resume or args.out))
+    if start is not None:
+        accelerator.load_state(str(start))
+        accelerator.print(f"resumed from {start}")
     if accelerator.is_main_process and progress.step == 0:
         (args.out / "loss.jsonl").unlink(missing_ok=True)
     own_rate = not theirs and "optimizer" not in config
@@ -362,6 +393,32 @@ def note(accelerator: Accelerator, args: argparse.Namespace, *, step: int, loss:
         file.write(json.dumps({"step": step, "loss": loss, "time": time.time()}) + "\n")
 
 
+# Checkpoints: the 32-bit whole, a part of it on every machine.
+
+ENGINE = "pytorch_model"  # what Accelerate calls DeepSpeed's part of a checkpoint
+
+
+def stage_of(accelerator: Accelerator) -> int:
+    """The ZeRO stage; 0 without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else int(plugin.zero_stage)
+
+
+def settle_folders(accelerator: Accelerator, out: Path) -> None:
+    """Where the machines share no file system, what one process saves for all must be saved on each of them."""
+    out.mkdir(parents=True, exist_ok=True)
+    mark = out / broadcast_object_list([f".shared-{secrets.token_hex(8)}"])[0]
+    if accelerator.is_main_process:
+        mark.touch()
+    accelerator.wait_for_everyone()
+    shared = all(gather_object([mark.exists()]))
+    mark.unlink(missing_ok=True)
+    accelerator.project_configuration.save_on_each_node = not shared
+    if not shared and stage_of(accelerator) in (1, 2):  # at stage 3 every process writes its part of the weights anyway
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config.setdefault("checkpoint", {})["use_node_local_storage"] = True
+
+
 def save(accelerator: Accelerator, out: Path, *, step: int) -> None:
     """A checkpoint; it counts once `complete` lies in it, on every machine."""
     folder = out / f"step-{step:08d}"
@@ -371,21 +428,160 @@ def save(accelerator: Accelerator, out: Path, *, step: int) -> None:
     accelerator.save_state(str(folder))
     accelerator.wait_for_everyone()
     if accelerator.is_local_main_process:
-        (folder / "complete").touch()
+        files = settled_files(folder)
+        write_whole(folder / f"files-{accelerator.process_index:05d}.json", json.dumps(files, indent=1) + "\n")
+    accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process:
+        said = {"step": step, "processes": accelerator.num_processes, "stage": stage_of(accelerator)}
+        write_whole(folder / "complete", json.dumps(said) + "\n")
+    accelerator.wait_for_everyone()
     accelerator.print(f"saved {folder}")
 
 
-def resume(accelerator: Accelerator, out: Path) -> None:
-    """Load the newest checkpoint that is complete; the main process says which."""
-    found = sorted(path.parent for path in out.glob("step-*/complete"))
-    newest = broadcast_object_list([str(found[-1]) if found else None])[0]
-    if newest is None:
-        accelerator.print(f"no checkpoint in {out}: starting anew")
+def settled_files(folder: Path) -> dict[str, int]:
+    """The bytes of every file in a folder, by its path there; when they are told, they are on the disk."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("[!.]*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            found[path.relative_to(folder).as_posix()] = os.fstat(file.fileno()).st_size
+    return {name: size for name, size in found.items() if name != "latest" and not name.startswith("files-")}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Under its name there is all of it or nothing."""
+    partial = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def choose(accelerator: Accelerator, where: Path) -> Path | None:
+    """The checkpoint to go on from: `where` itself, or the newest in it that is whole on every machine.
+
+    None where there is none. DeepSpeed must be told of a universal one before anything is prepared: that is done here.
+    """
+    where = where.parent if where.name == ENGINE else where
+    single = any(gather_object([(where / ENGINE).is_dir() or (where / "complete").is_file()]))
+    folders = [where] if single else sorted(where.glob("step-*"))
+    rank = accelerator.process_index
+    faults = gather_object([{folder.name: fault(folder, rank=rank) for folder in folders}])
+    for name in sorted(set().union(*faults), reverse=True):
+        wrong = [(rank, mine.get(name, "it is not there")) for rank, mine in enumerate(faults) if mine.get(name, "-")]
+        folder = where if single else where / name
+        if not wrong:
+            fit(accelerator, folder)
+            return folder
+        said = "process {} says: {}".format(*wrong[0])
+        if single:
+            refuse(accelerator, f"{folder} is not whole; {said}")
+        accelerator.print(f"{folder} is not whole, trying the one before it; {said}")
+    accelerator.print(f"no checkpoint in {where}: starting anew")
+    return None
+
+
+def fault(folder: Path, *, rank: int) -> str | None:
+    """What a process cannot load a checkpoint for; None where all that it needs is there, and all that is there whole.
+
+    Each machine's list names what it had; where checkpoints were moved about, several machines' files may lie here.
+    """
+    if is_universal(folder):
+        return None
+    try:
+        json.loads((folder / "complete").read_text() or "{}")
+        lists = [json.loads(path.read_text()) for path in sorted(folder.glob("files-*.json"))]
+    except (OSError, ValueError):
+        return "it was not saved to its end"
+    for files in lists:
+        for name, size in files.items():
+            path = folder / name
+            if path.is_file() and path.stat().st_size != size:
+                return f"{name} is torn"
+            if not path.is_file() and f"random_states_{rank}.pkl" in files:  # the list of the machine that it ran on
+                return f"{name} is missing"
+    return None
+
+
+def is_universal(folder: Path) -> bool:
+    """Whether a checkpoint holds each tensor whole, in place of the shards of so many processes."""
+    return (folder / ENGINE / "zero" / "optimizer_state.pt").is_file()
+
+
+def fit(accelerator: Accelerator, folder: Path) -> None:
+    """Refuse a checkpoint that this many processes cannot load at this stage."""
+    stage, plugin = stage_of(accelerator), accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        section = plugin.deepspeed_config.setdefault("checkpoint", {})
+        if section.get("load_universal") and not is_universal(folder):
+            refuse(accelerator, f'the DeepSpeed config says "load_universal": true, but {folder} is not universal')
+        section["load_universal"] = is_universal(folder)
+    if is_universal(folder):
+        if plugin is None:
+            refuse(accelerator, f"{folder} is a universal checkpoint, which ZeRO loads: stage 1, 2 or 3")
         return
-    if not Path(newest).is_dir():
-        raise SystemExit(f"{newest} is not on this machine: a checkpoint has one part per node")
-    accelerator.load_state(newest)
-    accelerator.print(f"resumed from {newest}")
+    said = {"stage": stage, "processes": accelerator.num_processes}
+    said |= json.loads((folder / "complete").read_text() or "{}")
+    if said["stage"] != stage and {said["stage"], stage} != {1, 2}:
+        refuse(accelerator, f"{folder} is of ZeRO stage {said['stage']}, this is stage {stage}: resume at the same one")
+    if stage and said["processes"] != accelerator.num_processes:
+        refuse(
+            accelerator,
+            f"{folder} is of {said['processes']} processes, and these are {accelerator.num_processes}:\n"
+            "  a universal checkpoint fits any number (launcher checkpoint universal, or deepspeed's ds_to_universal)",
+        )
+
+
+def refuse(accelerator: Accelerator, text: str) -> NoReturn:
+    """Every process ends here, for the same reason; one says it."""
+    if accelerator.is_main_process:
+        print(text, file=sys.stderr, flush=True)
+    accelerator.end_training()
+    raise SystemExit(1)
+
+
+# Weights: the model alone, whole.
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every weight by its name: safetensors, or what zero_to_fp32 writes, in one file or several; read when touched."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise SystemExit(f"{folder} holds no weights: neither *.safetensors nor pytorch_model*.bin")
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        safe = path.suffix == ".safetensors"
+        weights |= load_file(path) if safe else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    return weights
+
+
+def load(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
+    """Fill a model that is not prepared yet. Only the main process reads: the others get their parts from it."""
+    weights = read_weights(folder) if accelerator.is_main_process else {}
+    for name, parameter in model.named_parameters():
+        with whole(parameter):
+            if accelerator.is_main_process:
+                if name not in weights or weights[name].shape != parameter.shape:
+                    raise SystemExit(f"{folder} holds no {name} of the shape {tuple(parameter.shape)}")
+                parameter.data.copy_(weights[name])
+    accelerator.print(f"loaded {folder}")
+
+
+def write_weights(weights: dict[str, Tensor], folder: Path, *, config: dict[str, Any]) -> None:
+    """A folder as `save_pretrained` writes it; it is seen under its name when all of it is there."""
+    partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    partial.mkdir(parents=True)
+    split = split_torch_state_dict_into_shards(weights, max_shard_size="5GB")
+    for name, members in split.filename_to_tensors.items():
+        save_file({one: weights[one].cpu().contiguous() for one in members}, partial / name, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    (partial / "config.json").write_text(json.dumps(config) + "\n")
+    settled_files(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def finish(accelerator: Accelerator, model: nn.Module, shape: Shape, args: argparse.Namespace) -> None:
@@ -394,27 +590,32 @@ def finish(accelerator: Accelerator, model: nn.Module, shape: Shape, args: argpa
     model.eval()
     with torch.no_grad():
         trained = loss_of(model, rows.to(accelerator.device)).item()
+    if stage_of(accelerator) == 3 and not model.zero_gather_16bit_weights_on_model_save():
+        accelerator.print(
+            "no final model: the DeepSpeed config does not set stage3_gather_16bit_weights_on_model_save; "
+            "the weights are in the checkpoint"
+        )
+        return
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        folder = args.out / "final"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(asdict(shape) | {"alphabet": ALPHABET}) + "\n")
-        check(folder / "model.safetensors", shape, rows, trained=trained, seed=args.seed)
+        dtype = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.save_dtype]
+        weights = {name: weight.to(dtype or weight.dtype) for name, weight in weights.items()}
+        write_weights(weights, args.out / "final", config=asdict(shape) | {"alphabet": ALPHABET})
+        check(args.out / "final", shape, rows, trained=trained, seed=args.seed)
     accelerator.wait_for_everyone()
 
 
-def check(path: Path, shape: Shape, rows: Tensor, *, trained: float, seed: int) -> None:
-    """Load the file into a plain torch model on the CPU: same loss, and a sample."""
-    weights = {name: weight.float() for name, weight in load_file(path).items()}
-    exact = not any(weight.dtype in (torch.float16, torch.bfloat16) for weight in load_file(path).values())
+def check(folder: Path, shape: Shape, rows: Tensor, *, trained: float, seed: int) -> None:
+    """Load the files into a plain torch model on the CPU: same loss, and a sample."""
+    weights = read_weights(folder)
+    exact = not any(weight.dtype in (torch.float16, torch.bfloat16) for weight in weights.values())
     model = GPT(shape)
     model.load_state_dict(weights)
     model.eval()
     with torch.no_grad():
         loss = loss_of(model, rows).item()
         text = write_text(model, length=200, block=shape.block, seed=seed)
-    print(f"saved {path}\nreloaded: loss {loss:.6f} (trained: {trained:.6f})\n--- it writes ---\n{text}", flush=True)
+    print(f"saved {folder}\nreloaded: loss {loss:.6f} (trained: {trained:.6f})\n--- it writes ---\n{text}", flush=True)
     if not math.isclose(loss, trained, rel_tol=1e-3 if exact else 3e-2):
         raise SystemExit("the saved model is not the trained one")
 
@@ -435,6 +636,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=1_000_000, metavar="STEPS")
     parser.add_argument("--log-every", type=int, default=10, metavar="STEPS")
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER")
+    parser.add_argument("--load", type=Path, metavar="FOLDER", help="weights to begin with")
+    parser.add_argument("--save-dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    parser.add_argument("--recompute", action="store_true", help="trade computing for memory")
     return parser.parse_args()
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cluster.container import LABEL_DETACHED, LABEL_OUT, LABEL_RUN, Container
 from cluster.errors import InputError
@@ -27,6 +28,9 @@ from launcher.stages.prepare import put_run
 from launcher.stages.start import refuse_foreign, start_run
 from launcher.stages.tidy import tidy
 from launcher.stages.watch import Detached, Watched, watch
+
+# The script of `launcher test`. It is a snapshot of its own: of the user's code nothing is needed.
+INSIDE, TRIAL = Path(__file__).parent / "inside", "trial.py"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +155,17 @@ def follow(
     # Whoever does not answer is tidied after another run.
     each(now.machines, lambda machine: tidy(machine, nodes[machine.name]), deadline=60)
     return end
+
+
+def carry_out(now: Session, launch: Launch, record: RunRecord, *, show: Show) -> RunEnded:
+    """A run without secrets from its start to its end; Ctrl-C leaves nothing of it."""
+    try:
+        with leaving_on_signals():
+            containers = start(now, launch, record, secrets={})
+            return follow(now, launch.plan, record, containers, show=show, own=True)
+    except KeyboardInterrupt:
+        abandon(now, launch.plan)
+        raise
 
 
 def make_run_id(*, clock: Callable[[], float] = time.time) -> str:

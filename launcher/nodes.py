@@ -1,11 +1,14 @@
-"""What is done with the machines apart from runs: remove what is ours, run a command, open a shell."""
+"""What is done with the machines apart from runs: remove what is ours, run a command, ask, open a shell."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from cluster.command import Command, Result
-from cluster.container import LABEL_ROLE
+from cluster.container import LABEL_ROLE, Container
 from cluster.errors import CommandError, NodeError
 from cluster.fleet import Machine, each
 from launcher import render
@@ -34,21 +37,44 @@ def run_inside(now: Session, names: tuple[str, ...], argv: tuple[str, ...]) -> M
     """Run a command in the node containers, everywhere or on the named nodes."""
 
     def act(machine: Machine) -> Result:
-        return machine.engine.execute(_idle(now, machine), Command(argv=argv))
+        return machine.engine.execute(_idle(now, machine).id, Command(argv=argv))
 
     return each(choose_machines(now, names), act).all_or_raise()
+
+
+def ask_environment(now: Session) -> Mapping[str, dict[str, Any]]:
+    """What a job finds on every node, {section: {name: value}} by node, asked in the node containers."""
+    script = (Path(__file__).parent / "inside" / "environment.py").read_bytes()
+
+    def act(machine: Machine) -> dict[str, Any]:
+        container = _idle(now, machine)
+        answer = machine.engine.execute(container.id, Command(argv=("python3", "-"), stdin=script))
+        try:
+            said = json.loads(answer.text)
+        except ValueError:
+            said = None
+        if not answer.ok or not isinstance(said, dict):
+            raise CommandError(
+                machine.name,
+                f"the container does not tell its environment (exit {answer.code})",
+                detail=answer.tail(),
+                next_step="launcher shell, then python3 -c 'import torch, accelerate, deepspeed'",
+            )
+        return {"image": {"id": container.image}, **said}
+
+    return each(now.machines, act).all_or_raise()
 
 
 def shell(now: Session, name: str | None, argv: tuple[str, ...], *, tty: bool) -> int:
     """Put the user inside a node's container."""
     machine = choose_machines(now, (name,) if name else ())[0]
-    return machine.transport.interact(machine.engine.interactive(_idle(now, machine), argv, tty=tty), tty=tty)
+    return machine.transport.interact(machine.engine.interactive(_idle(now, machine).id, argv, tty=tty), tty=tty)
 
 
-def _idle(now: Session, machine: Machine) -> str:
+def _idle(now: Session, machine: Machine) -> Container:
     machine.transport.open()
     found = machine.engine.find(ours(now, machine, **{LABEL_ROLE: render.ROLE_NODE}))
-    live = [one.id for one in found if one.is_live]
+    live = [one for one in found if one.is_live]
     if not live:
         raise CommandError(machine.name, "it is not up", next_step="launcher up")
     return live[0]

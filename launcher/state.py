@@ -88,6 +88,19 @@ def first_cause(ends: Mapping[str, NodeEnded]) -> tuple[str, str] | None:
     return min(silent)[1:] if silent else None
 
 
+def node_end(end: NodeEnded) -> str:
+    """How one node ended, in a line that does not name it; empty when it ended well."""
+    if end.code == 0:
+        return ""
+    failures = sorted(_each([end]), key=_earliest)
+    if failures and not _is_echo(*failures[0]):
+        failure = failures[0][1]
+        return f"{'' if failure.rank is None else f'rank {failure.rank}: '}{_how(failure, end)}"
+    if failures or end.stopped:
+        return "it was stopped, or broke off, because another node had failed"
+    return end.lost or f"exit {end.code}"
+
+
 def _earliest(one: tuple[NodeEnded, Failure]) -> tuple[bool, float, str, int]:
     end, failure = one
     return _is_echo(end, failure), failure.time, end.node, -1 if failure.rank is None else failure.rank

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NAME = "launcher"
 ORDER = (
-    *("init", "trust", "up", "run", "status", "ls", "logs", "attach", "stop", "exec", "shell", "down"),
+    *("init", "trust", "up", "run", "status", "ls", "logs", "attach", "stop", "exec", "shell", "env", "test", "down"),
     *("config", "image", "schema", "completion"),
 )
 

@@ -71,9 +71,9 @@ def test_every_module_stands_on_its_storey() -> None:
         ("yaml", {"cluster/document.py", "launcher/render.py"}),
         ("pathspec", {"launcher/snapshot.py"}),
         ("rich", {"launcher/views/live.py"}),
-        ("torch", {"launcher/inside/launch.py"}),
-        ("accelerate", {"launcher/inside/launch.py", "launcher/inside/bootstrap.py"}),
-        ("deepspeed", {"launcher/inside/bootstrap.py"}),
+        ("torch", {f"launcher/inside/{name}.py" for name in ("launch", "environment", "trial")}),
+        ("accelerate", {f"launcher/inside/{name}.py" for name in ("launch", "bootstrap", "environment", "trial")}),
+        ("deepspeed", {f"launcher/inside/{name}.py" for name in ("bootstrap", "environment")}),
     ],
 )
 def test_a_library_has_its_seam_and_is_known_nowhere_else(library: str, seams: set[str]) -> None:
@@ -179,6 +179,8 @@ COMMANDS = {
     "stop": (CLUSTER,),
     "exec": (CLUSTER, "--node", "ARGV"),
     "shell": (CLUSTER, "NODE", "ARGV"),
+    "env": (CLUSTER, JSON, "NAME"),
+    "test": (CLUSTER, *JOB, "--ignore", JSON, "NAME"),
     "down": (CLUSTER, "NAME"),
     "config show": (CLUSTER, *JOB, JSON, "NODE"),
     "config check": (JSON, "--world-size", "FILE"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import InputError
-from launcher.snapshot import Entry, Snapshot, make_digest, read_again, take
+from launcher.snapshot import Entry, Snapshot, make_digest, pick, read_again, take
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -438,3 +438,18 @@ def test_the_bytes_that_are_read_again_are_the_bytes_of_the_snapshot(plain: Path
     (plain / "log.py").write_text("other\n")
     with pytest.raises(InputError, match=r"log\.py changed while it was sent"):
         list(read_again(plain, snapshot.entries[0]))
+
+
+def test_files_that_are_picked_are_taken_whatever_git_ignores(checkout: Path) -> None:
+    write(checkout, "b.py", "a.py", "c.py")
+    (checkout / ".gitignore").write_text("*\n")
+    picked = pick(checkout, ("b.py", "a.py"))
+    assert (paths(picked), picked.bytes, picked.skipped) == (["a.py", "b.py"], 10, ())
+    assert b"".join(read_again(picked.root, picked.entries[0])) == b"a.py\n"
+    (checkout / ".gitignore").write_text("c.py\n.gitignore\n")
+    assert take(checkout).digest == picked.digest
+
+
+def test_a_file_that_is_picked_must_be_there(plain: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing\.py"):
+        pick(plain, ("nothing.py",))

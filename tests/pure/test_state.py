@@ -16,11 +16,13 @@ from launcher.events import (
     RunEnded,
     StageBegan,
 )
-from launcher.state import RunState, first_cause, fold
+from launcher.state import RunState, first_cause, fold, node_end
 
 BEGAN = RunBegan(
     time=100.0, run="run-1", cluster="lab", nodes=("gpu-01", "gpu-02"), world_size=16, command=("train.py", "--fast")
 )
+RANK_3 = "rank 3: killed by SIGKILL"
+ECHOED = "it was stopped, or broke off, because another node had failed"
 PEER = "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.12]:38822"
 
 
@@ -221,3 +223,20 @@ def test_a_long_message_becomes_one_short_line() -> None:
     said = told[1].removeprefix("node gpu-01, rank 0: exit 1: ValueError: ")
     assert said.startswith("first second xxx")
     assert (len(said), said[-1]) == (200, "…")
+
+
+@pytest.mark.parametrize(
+    ("one", "said"),
+    [
+        (end("gpu-01", code=0), ""),
+        (end("gpu-01", failure(rank=3, time=2.0, signal="SIGKILL"), failure(rank=4, time=1.0, message=PEER)), RANK_3),
+        (end("gpu-01", failure(rank=None, type="ValueError", message="None:29500")), "exit 1: ValueError: None:29500"),
+        (end("gpu-01", code=137, oom=True), "out of memory: the kernel killed it at the container's limit"),
+        (end("gpu-01", failure(message=PEER)), ECHOED),
+        (end("gpu-01", code=143, stopped=True), ECHOED),
+        (end("gpu-01", lost="lost: no answer, silent for 60 s"), "lost: no answer, silent for 60 s"),
+        (end("gpu-01", code=3), "exit 3"),
+    ],
+)
+def test_how_one_node_ended_in_its_own_words(one: NodeEnded, said: str) -> None:
+    assert node_end(one) == said
