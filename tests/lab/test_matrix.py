@@ -54,7 +54,7 @@ def train(user: User, lab: testbed.Lab, *options: str, close: float) -> dict[str
 def test_both_ways_train_alike_and_tell_deepspeed_the_same(
     lab: testbed.Lab, user: User, stage: int, offload: str, precision: str
 ) -> None:
-    settings = ("--stage", str(stage), "--precision", precision, "--clipping", "1.0")
+    settings: tuple[str, ...] = ("--stage", str(stage), "--precision", precision, "--clipping", "1.0")
     if offload != "none":
         settings += ("--offload-optimizer", offload)
     plugin, file = (train(user, lab, *settings, "--way", way, close=CLOSE[precision]) for way in ("plugin", "file"))
