@@ -24,11 +24,13 @@ optimizers    Zhao et al. 2020 call it K = 12 for Adam in mixed precision (ZeRO,
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cluster.errors import InputError
 from launcher.model import Event, Gradient, Model, Use
 
 Place = Literal["gpu", "cpu", "nvme"]
@@ -142,7 +144,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """One machine: GPUs (or processes, where CPUs train), the memory of the smallest, its RAM, its NVMe's free bytes."""
+    """One machine: its GPUs (processes, where CPUs train), the memory of the smallest; its RAM; its NVMe's free bytes."""
 
     name: str
     gpus: int
@@ -169,11 +171,12 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Some bytes of one process, and what they are for."""
+    """Some bytes of one process, and what they are for; `lasting`: also between two steps."""
 
     place: Place
     name: str
     bytes: int
+    lasting: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,13 +190,17 @@ class Weight:
         """Bytes of one process at a place."""
         return sum(part.bytes for part in self.parts if part.place == place)
 
+    def states(self, place: Place) -> int:
+        """Those of them that last from step to step: the model states, and what is allocated once."""
+        return sum(part.bytes for part in self.parts if part.place == place and part.lasting)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shortfall:
     """What a rung lacks on one machine."""
 
     host: str
-    resource: Literal["GPU memory", "host memory", "NVMe"]
+    resource: str
     needed: int
     there: int
 
@@ -287,6 +294,17 @@ def judge(rung: Rung, model: Model, recipe: Recipe, cluster: Cluster) -> Verdict
     )
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([mgt])(?:i?b)?", re.IGNORECASE)
+
+
+def read_size(text: str, *, where: str) -> int:
+    """Bytes, in powers of 1024: `80g`, `1.5t`, `512m`."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise InputError(f"{text!r} is no size", where=where, next_step="such as 80g or 1.5t")
+    return int(float(match[1]) * (1 << {"m": 20, "g": 30, "t": 40}[match[2].lower()]))
+
+
 def show_bytes(count: int) -> str:
     """Bytes for the eyes, in powers of 1024."""
     for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20)):
@@ -303,22 +321,33 @@ Bytes = dict[str, int]
 def weigh(rung: Rung, model: Model, recipe: Recipe, cluster: Cluster) -> Weight:
     """What one process of a rung holds, on its GPU, in its host's memory and on its NVMe."""
     job = _Job(rung=rung, model=model, recipe=recipe, cluster=cluster)
+    nvme: Bytes = {}
     if rung.stage == 0:
-        gpu, cpu, nvme = _plain(job), _built(job), {}
+        static, moment = _plain(job)
+        host = _built(job)
     elif rung.stage < STAGE_3:
-        gpu, cpu, nvme = _flat(job), _flat_host(job), {}
+        static, moment = _flat(job)
+        host = _flat_host(job)
     else:
-        gpu, cpu, nvme = _sharded(job), _sharded_host(job), _sharded_nvme(job)
-    gpu["fragmentation"] = int(sum(gpu.values()) * cluster.slack)
-    gpu["context"] = cluster.context
-    cpu["process"] = cluster.process
-    places: tuple[tuple[Place, Bytes], ...] = (("gpu", gpu), ("cpu", cpu), ("nvme", nvme))
-    return Weight(
-        rung=rung,
-        parts=tuple(
-            Part(place=place, name=name, bytes=count) for place, parts in places for name, count in parts.items() if count
-        ),
+        static, moment = _sharded(job)
+        host, nvme = _sharded_host(job), _sharded_nvme(job)
+    lost = int((sum(static.values()) + sum(moment.values())) * cluster.slack)
+    built = host.pop(BUILDING, 0)
+    parts = (
+        *_parts("gpu", static, lasting=True),
+        *_parts("gpu", moment | {"fragmentation": lost, "context": cluster.context}, lasting=False),
+        *_parts("cpu", host, lasting=True),
+        *_parts("cpu", {BUILDING: max(0, built - sum(host.values())), "process": cluster.process}, lasting=False),
+        *_parts("nvme", nvme, lasting=True),
     )
+    return Weight(rung=rung, parts=parts)
+
+
+BUILDING = "building the model"
+
+
+def _parts(place: Place, found: Bytes, *, lasting: bool) -> Iterator[Part]:
+    return (Part(place=place, name=name, bytes=count, lasting=lasting) for name, count in found.items() if count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,7 +478,7 @@ def _replay(events: Sequence[Event], held: _Held, feed: Callable[[Event], None],
 # Plain DDP
 
 
-def _plain(job: _Job) -> Bytes:
+def _plain(job: _Job) -> tuple[Bytes, Bytes]:
     trained = job.trained
     static = {
         "parameters": MASTER * job.model.parameters + job.model.buffers,
@@ -465,12 +494,12 @@ def _plain(job: _Job) -> Bytes:
     passing = _replay(job.model.autocast, held, feed, lambda: None)
     stepped = max(job.model.optimized, default=0) if job.cluster.cpu else trained
     step = {"gradients": MASTER * trained, "step": job.temporaries * MASTER * stepped}
-    return static | _most(passing, step)
+    return static, _most(passing, step)
 
 
 def _built(job: _Job) -> Bytes:
     """Each process builds the model in the host's memory, in fp32, before it goes to the GPU."""
-    return {} if job.cluster.cpu else {"building the model": MASTER * job.model.parameters}
+    return {} if job.cluster.cpu else {BUILDING: MASTER * job.model.parameters}
 
 
 # ZeRO-1 and 2
@@ -502,9 +531,11 @@ class _Bucket:
         return went
 
 
-def _flat(job: _Job) -> Bytes:
+def _flat(job: _Job) -> tuple[Bytes, Bytes]:
     item, share = job.item, job.flat_share
-    static = {"parameters": item * (2 * job.world * math.ceil(job.trained / (2 * job.world)) + job.frozen) + job.model.buffers}
+    static = {
+        "parameters": item * (2 * job.world * math.ceil(job.trained / (2 * job.world)) + job.frozen) + job.model.buffers
+    }
     if job.offloads:
         static["staging"] = item * max(job.model.optimized, default=0)
     else:
@@ -512,14 +543,14 @@ def _flat(job: _Job) -> Bytes:
         static["optimizer"] = job.states * share
     passing = _flat_passing(job)
     if job.offloads:
-        return static | passing
+        return static, passing
     own = item * _tensors_of_a_share(job)
     largest = max(job.model.optimized, default=0)
     wide = MASTER * share if item != MASTER else 0
     norm = {"gradients": own, "step": NORM * largest}
     copied = {"gradients": own + item * share + wide}
     step = {"gradients": MASTER * share, "step": job.temporaries * MASTER * share}
-    return static | _most(passing, norm, copied, step)
+    return static, _most(passing, norm, copied, step)
 
 
 def _flat_passing(job: _Job) -> Bytes:
@@ -562,43 +593,38 @@ def _flat_passing(job: _Job) -> Bytes:
                 held.add("gradients", item * tensors[event.tensor])
 
     def end() -> None:
-        if not early:
-            worst: Bytes = {}
-            at_most = 0
-            for count in job.model.optimized:
-                reduce(count)
-                held.held["gradients"] -= 0 if count > bucket.size else item * count
-                total = sum(held.spike.values()) + sum(held.held.values())
-                if total > at_most:
-                    at_most, worst = total, dict(held.spike) | dict(held.held)
+        if early:
             flush()
-            if sum(held.spike.values()) + sum(held.held.values()) < at_most:
-                held.held, held.spike = worst, {}
             return
+        # At stage 1 all gradients go through the bucket now: the first time that it is full, the most is held.
+        for count in job.model.optimized:
+            if bucket.is_full_for(count):
+                break
+            bucket.put(count)
+        moved = bucket.elements - bucket.beside
+        held.held["gradients"] -= item * moved
+        allocate()
         flush()
 
-    events = job.model.cast
-    return _replay(events, held, feed, end)
+    return _replay(job.model.cast, held, feed, end)
 
 
 def _tensors_of_a_share(job: _Job) -> int:
     """Elements of the tensors that reach into a share, for the process for which these are the most."""
     share = job.flat_share
-    most = start = 0
+    start = 0
     totals = [0] * job.world
     for count in job.model.optimized:
         end = start + count
         for rank in range(start // share, min(job.world - 1, (end - 1) // share) + 1):
             totals[rank] += count
         start = end
-    most = max(totals, default=0)
-    return most
+    return max(totals)
 
 
 def _flat_host(job: _Job) -> Bytes:
-    built = _built(job)
     if not job.offloads:
-        return built
+        return _built(job)
     share, item = job.flat_share, job.item
     kept = {
         "master weights": job.pinned(MASTER * share),
@@ -608,13 +634,13 @@ def _flat_host(job: _Job) -> Bytes:
     }
     if job.accumulates:
         kept["accumulated gradients"] = item * _tensors_of_a_share(job)
-    return _most(built, kept) if built else kept
+    return kept | _built(job)
 
 
 # ZeRO-3
 
 
-def _sharded(job: _Job) -> Bytes:
+def _sharded(job: _Job) -> tuple[Bytes, Bytes]:
     item = job.item
     static = {
         "persistent parameters": item * sum(job.model.tensors[one] for one in job.persistent) if job.world > 1 else 0,
@@ -630,13 +656,13 @@ def _sharded(job: _Job) -> Bytes:
     if job.cluster.cpu:
         static["buckets"] = item * sharding.bucket.most
     if job.offloads:
-        return static | passing
+        return static, passing
     group = job.sub_group
     wide = MASTER * group if item != MASTER else 0
     norm = {"step": NORM * math.ceil(max(job.model.optimized, default=0) / job.world)}
     copied = {"step": item * group + wide}
     step = {"step": (1 + job.temporaries) * MASTER * group}
-    return static | _most(passing, norm, copied, step)
+    return static, _most(passing, norm, copied, step)
 
 
 class _Sharding:
@@ -672,7 +698,7 @@ class _Sharding:
         self.live |= wanted
         self.held.spike = {"gathering": self._whole(wanted) if len(wanted) > 1 else 0}
         self._land(tensors)
-        self._prefetch(tensors)
+        self._prefetch()
         self._tell()
         self.step += 1
 
@@ -685,7 +711,7 @@ class _Sharding:
                     flight.discard(one)
         self.flights = [flight for flight in self.flights if flight]
 
-    def _prefetch(self, tensors: tuple[int, ...]) -> None:
+    def _prefetch(self) -> None:
         while self.queue and self.queue[0][0] <= self.step:
             self.queue.popleft()
         recipe, sizes = self.job.recipe, self.job.model.tensors

@@ -6,6 +6,7 @@ parameters (`guess_model`: a transformer of ordinary proportions, by formula).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +102,18 @@ def _events(said: Sequence[Sequence[Any]], modules: Sequence[tuple[int, ...]]) -
             yield Use(tensors=modules[index] if index >= 0 else (), peak=peak, level=level)
 
 
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kmbt]?)", re.IGNORECASE)
+
+
+def read_count(text: str, *, where: str) -> int:
+    """A number of parameters: `7B`, `350M`, `1.3b`, `124439808`."""
+    match = _COUNT.fullmatch(text)
+    count = int(float(match[1]) * 1000 ** " kmbt".index(match[2].lower() or " ")) if match else 0
+    if not count:
+        raise InputError(f"{text!r} is no number of parameters", where=where, next_step="such as 7B or 350M")
+    return count
+
+
 # --- a bare number of parameters -------------------------------------------------------------------------------------
 
 ASPECT = 128  # width / depth: 128 in a Llama 7B and 13B, 102 at 70B, 64 in a GPT-2
@@ -110,12 +123,13 @@ VOCABULARY = 50_000
 def guess_model(parameters: int, *, micro_batch: int, sequence: int, checkpointing: bool, item: int) -> Model:
     """A decoder of ordinary proportions with about so many parameters; `item` is the bytes of one activation.
 
-    A layer of width h has 12 h² parameters; embedding and head have h times the vocabulary each. Kept for backward are
-    s·b·h·(16·item + 2) bytes a layer, which is the 34·s·b·h of Korthikanti et al. 2022, "Reducing Activation
-    Recomputation in Large Transformer Models" (arXiv:2205.05198, eq. 1), at two bytes, without the 5·a·s²·b of the
-    attention scores, which no fused attention keeps (Dao et al. 2022, arXiv:2205.14135). With checkpointing the input
-    of each layer is kept, s·b·h·item, and one layer is computed again. At the end there are the logits, in fp32 too,
-    their log-probabilities and their gradients.
+    A layer of width h has 12 h² parameters; embedding and head have h times the vocabulary each. At two bytes,
+    Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models" (arXiv:2205.05198, eq. 1),
+    count 34·s·b·h bytes a layer that are kept for backward, and 5·a·s²·b of attention scores, which no fused attention
+    keeps (Dao et al. 2022, arXiv:2205.14135). That is s·b·h·(16·item + 2); here it is 21, since layers of today have
+    a gated feed-forward part and norms in fp32: a simulated Llama keeps 44·s·b·h. With checkpointing the input of each
+    layer is kept, s·b·h·item, and one layer is computed again. At the end there are the logits, in fp32 too, their
+    log-probabilities and their gradients.
     """
     depth = max(1, round((parameters / (12 * ASPECT**2)) ** (1 / 3)))
     width = max(1, round((parameters / (12 * depth)) ** 0.5 / 64)) * 64
@@ -125,14 +139,14 @@ def guess_model(parameters: int, *, micro_batch: int, sequence: int, checkpointi
     halves = (layer // 3, layer - layer // 3)  # attention, and the rest
     tensors = (table, *(half for _ in range(depth) for half in halves), table)
     batch = micro_batch * sequence
-    inside = batch * width * (16 * item + 2)
+    inside = batch * width * (21 * item + 2)
     kept = batch * width * item if checkpointing else inside
     events = tuple(
-        _transformer(depth, inside=inside, kept=kept, moving=8 * batch * width * item, logits=batch * vocabulary * (item + 16))
+        _transformer(
+            depth, inside=inside, kept=kept, moving=8 * batch * width * item, logits=batch * vocabulary * (item + 16)
+        )
     )
-    return Model(
-        tensors=tensors, trained=(True,) * len(tensors), cast=events, autocast=events, simulated=False
-    )
+    return Model(tensors=tensors, trained=(True,) * len(tensors), cast=events, autocast=events, simulated=False)
 
 
 def _transformer(depth: int, *, inside: int, kept: int, moving: int, logits: int) -> Iterator[Event]:

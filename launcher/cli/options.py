@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 NAME = "launcher"
 ORDER = (
-    *("init", "trust", "up", "run", "status", "ls", "logs", "attach", "stop", "exec", "shell", "down"),
+    *("init", "trust", "up", "plan", "run", "status", "ls", "logs", "attach", "stop", "exec", "shell", "down"),
     *("config", "image", "schema", "completion"),
 )
 

@@ -103,7 +103,7 @@ def ready(model: nn.Module, *, checkpointing: bool) -> None:
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
         raise UnfitError(
-            "it has no gradient_checkpointing_enable(): call torch.utils.checkpoint in the model, without --checkpointing"
+            "it has no gradient_checkpointing_enable(): let it call torch.utils.checkpoint, and leave out --checkpointing"
         )
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -154,7 +154,9 @@ def loss_in(given: Any) -> Tensor:
 def measures(model: nn.Module) -> dict[str, Any]:
     """Tensors and the modules that own them, each tensor once, in the order of `parameters()`."""
     numbers = {id(one): number for number, one in enumerate(model.parameters())}
-    owned = ((name, [numbers[id(one)] for one in module.parameters(recurse=False)]) for name, module in model.named_modules())
+    owned = (
+        (name, [numbers[id(one)] for one in module.parameters(recurse=False)]) for name, module in model.named_modules()
+    )
     return {
         "tensors": [[one.numel(), one.requires_grad] for one in model.parameters()],
         "buffers": sum(one.numel() * one.element_size() for one in model.buffers()),
@@ -205,7 +207,7 @@ def run(model: nn.Module, loss: Any, question: dict[str, Any], *, autocast: torc
     watch = Watch(model)
     with hooked(model, watch), watch:
         if autocast is not None:
-            model.forward = as_prepared(model.forward, autocast)  # type: ignore[method-assign]
+            model.forward = as_prepared(model.forward, autocast)
         total = loss(model, int(question["micro_batch"]), int(question["sequence"]))
         total.backward()
         watch.note("use", -1)
