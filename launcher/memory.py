@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.errors import InputError
+from launcher.errors import PlanError
 from launcher.model import Event, Gradient, Model, Use
 
 Place = Literal["gpu", "cpu", "nvme"]
@@ -96,6 +97,18 @@ class Rung:
         return " + ".join(words)
 
 
+def make_rung(stage: int, *, optimizer: str = "none", params: str = "none") -> Rung:
+    """The rung of these settings (`none`, `cpu`, `nvme`); `PlanError` where DeepSpeed has none such."""
+    if params != "none" and stage != STAGE_3:
+        raise PlanError(f"ZeRO stage {stage} leaves the parameters on the GPU", next_step="offload them at stage 3")
+    if optimizer != "none" and stage == 0:
+        raise PlanError("plain training leaves the optimizer on the GPU", next_step="offload it at stage 1, 2 or 3")
+    if optimizer == "nvme" and stage != STAGE_3:
+        raise PlanError(f"ZeRO stage {stage} offloads the optimizer to the CPU alone", next_step="use cpu, or stage 3")
+    places: dict[str, Place] = {"none": "gpu", "cpu": "cpu", "nvme": "nvme"}
+    return Rung(stage=stage, optimizer_on=places[optimizer], params_on=places[params])
+
+
 # From the cheapest in communication to the dearest: what stays on the GPUs comes before what leaves them.
 LADDER = (
     Rung(stage=0),
@@ -144,7 +157,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
-    """One machine: its GPUs (processes, where CPUs train), the memory of the smallest; its RAM; its NVMe's free bytes."""
+    """One machine: its GPUs (processes, where CPUs train), the memory of the smallest; its RAM; free bytes of NVMe."""
 
     name: str
     gpus: int
@@ -665,6 +678,16 @@ def _sharded(job: _Job) -> tuple[Bytes, Bytes]:
     return static, _most(passing, norm, copied, step)
 
 
+@dataclass(slots=True)
+class _Flight:
+    """Tensors that are gathered ahead, in one buffer. The first that is waited for lets all be copied out of it, and it
+    stays until the last one is."""
+
+    bytes: int
+    pending: set[int]
+    landed: bool = False
+
+
 class _Sharding:
     """What is gathered, and what waits to be reduced, in one forward and backward under ZeRO-3."""
 
@@ -677,8 +700,7 @@ class _Sharding:
         self.queue = deque((step, tensor) for step, tensors in enumerate(self.uses) for tensor in tensors)
         self.step = 0
         self.live: set[int] = set(job.persistent)
-        self.flights: list[set[int]] = []  # tensors that were gathered together, and are not waited for yet
-        self.waited: set[int] = set()
+        self.flights: list[_Flight] = []
 
     def feed(self, event: Event) -> None:
         if isinstance(event, Gradient):
@@ -703,13 +725,12 @@ class _Sharding:
         self.step += 1
 
     def _land(self, tensors: Iterable[int]) -> None:
-        """Tensors that arrived together are copied out of one buffer, which is kept until all were waited for."""
-        for one in tensors:
-            for flight in self.flights:
-                if one in flight:
-                    self.waited |= flight
-                    flight.discard(one)
-        self.flights = [flight for flight in self.flights if flight]
+        """What is used now has been waited for."""
+        for flight in self.flights:
+            if not flight.pending.isdisjoint(tensors):
+                flight.landed = True
+                flight.pending.difference_update(tensors)
+        self.flights = [flight for flight in self.flights if flight.pending]
 
     def _prefetch(self) -> None:
         while self.queue and self.queue[0][0] <= self.step:
@@ -725,7 +746,7 @@ class _Sharding:
                 self.live.add(one)
                 count += sizes[one]
         if len(ahead) > 1:
-            self.flights.append(ahead)
+            self.flights.append(_Flight(bytes=self._whole(ahead), pending=set(ahead)))
 
     def _release(self, step: int) -> None:
         """Let go of what a module used, unless it is used again soon."""
@@ -733,12 +754,10 @@ class _Sharding:
             distance = self.next[step].get(one)
             if one not in self.job.persistent and (distance is None or distance >= self.job.recipe.max_reuse_distance):
                 self.live.discard(one)
-                self.waited.discard(one)
 
     def _tell(self) -> None:
         self.held.held["gathered parameters"] = self._whole(self.live - self.job.persistent)
-        # The buffer of a flight of which some have landed, beside their copies.
-        self.held.held["prefetch"] = sum(self._whole(flight) for flight in self.flights if flight & self.waited)
+        self.held.held["prefetch"] = sum(flight.bytes for flight in self.flights if flight.landed)
 
     def _reduce(self, count: int) -> None:
         if self.bucket.is_full_for(count):

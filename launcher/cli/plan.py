@@ -103,16 +103,12 @@ def _recipe(asked: dict[str, Any]) -> Recipe:
 
 
 def _rung(asked: dict[str, Any]) -> Rung | None:
-    from launcher.memory import Rung
+    from launcher.memory import make_rung
 
-    if asked["stage"] is None:
-        return None
-    place = {"none": "gpu", "cpu": "cpu", "nvme": "nvme"}
-    return Rung(
-        stage=int(asked["stage"]),
-        optimizer_on=place[asked["offload_optimizer"]],  # type: ignore[arg-type]
-        params_on=place[asked["offload_param"]],  # type: ignore[arg-type]
-    )
+    optimizer, params = asked["offload_optimizer"], asked["offload_param"]
+    if asked["stage"] is None and (optimizer, params) != ("none", "none"):
+        raise InputError("offloading is asked for without a stage", next_step="add --stage")
+    return None if asked["stage"] is None else make_rung(int(asked["stage"]), optimizer=optimizer, params=params)
 
 
 def _machines(asked: dict[str, Any]) -> Cluster:

@@ -103,7 +103,7 @@ def ready(model: nn.Module, *, checkpointing: bool) -> None:
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
         raise UnfitError(
-            "it has no gradient_checkpointing_enable(): let it call torch.utils.checkpoint, and leave out --checkpointing"
+            "it has no gradient_checkpointing_enable(): let it call torch.utils.checkpoint without --checkpointing"
         )
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -71,7 +71,8 @@ def test_every_module_stands_on_its_storey() -> None:
         ("yaml", {"cluster/document.py", "launcher/render.py"}),
         ("pathspec", {"launcher/snapshot.py"}),
         ("rich", {"launcher/views/live.py"}),
-        ("torch", {"launcher/inside/launch.py"}),
+        ("torch", {"launcher/inside/launch.py", "launcher/inside/simulate.py"}),
+        ("transformers", {"launcher/inside/simulate.py"}),
         ("accelerate", {"launcher/inside/launch.py", "launcher/inside/bootstrap.py"}),
         ("deepspeed", {"launcher/inside/bootstrap.py"}),
     ],
@@ -92,7 +93,7 @@ def test_only_the_border_knows_pydantic_and_only_the_command_line_knows_click() 
 
 @pytest.mark.parametrize("path", sorted(INSIDE.glob("*.py")), ids=lambda path: path.stem)
 def test_what_runs_in_a_container_needs_nothing_of_ours(path: Path) -> None:
-    known = {*sys.stdlib_module_names, "torch", "accelerate", "deepspeed"}
+    known = {*sys.stdlib_module_names, "torch", "accelerate", "deepspeed", "transformers"}
     assert {name.split(".")[0] for name in imported(path)} <= known
 
 
@@ -164,6 +165,11 @@ COMMANDS = {
     "init": ("HOSTS", "-o/--output", "--name", "-i/--identity-file", "--yes"),
     "trust": ("CLUSTER", "--yes", "--replace"),
     "up": ("CLUSTER", "--engine", "--dry-run", "--ignore", JSON),
+    "plan": (
+        *(CLUSTER, "--parameters", "--model", "--model-from", "--micro-batch", "--sequence", "--checkpointing"),
+        *("--precision", "--optimizer", "--accumulation", "--stage", "--offload-optimizer", "--offload-param"),
+        *("--gpu-memory", "--gpus", "--nodes", "--host-memory", "--nvme", JSON),
+    ),
     "run": (
         *(CLUSTER, *JOB, "--engine", "--port", "--secret", "--secrets-file", "--snapshot-limit", "-d/--detach"),
         *("--dry-run", "--ignore", JSON, "SCRIPT", "ARGS"),
