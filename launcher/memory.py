@@ -9,9 +9,10 @@ ZeRO-1, 2     runtime/zero/stage_1_and_2.py: all weights, flat (p·P); fp32 mast
               with overlap_comm; a flat copy of what is in it at each reduction; at stage 2 the gradients of the
               tensors in the own n-th, at stage 1 all until backward ends; in the step a flat copy of the gradients
               and one in fp32
-ZeRO-3        runtime/zero/stage3.py: the own n-th of each tensor; of the master weights only where p is 2; the bucket
-              and a flat buffer for the n-th of the gradients, always; runtime/zero/partitioned_param_coordinator.py:
-              the gathered tensors, prefetched ones, and those that are used again within max_reuse_distance
+ZeRO-3        runtime/zero/stage3.py: the own n-th of each tensor, and its master weights, also where p is 4 (a device
+              and its name, which are compared there, are never equal); the bucket and a flat buffer for the n-th of
+              the gradients, always; runtime/zero/partitioned_param_coordinator.py: the gathered tensors, prefetched
+              ones, and those that are used again within max_reuse_distance
 offload       the same files: on the host master weights, gradients in fp32, a buffer of p·P/n for weights or
               gradients; runtime/swap_tensor/: `buffer_count` pinned buffers of the largest sub-group (optimizer), or
               of `buffer_size` elements (parameters), for each process; on the disk 16 bytes a parameter (master,
@@ -26,13 +27,13 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from cluster.errors import InputError
 from launcher.errors import PlanError
-from launcher.model import Event, Gradient, Model, Use
+from launcher.model import Gradient, Model, Use
 
 Place = Literal["gpu", "cpu", "nvme"]
 GIB = 1 << 30
@@ -426,6 +427,38 @@ class _Job:
         return sum(math.ceil(count / self.world) for count in self.model.tensors)
 
     @property
+    def trained_tensors(self) -> tuple[int, ...]:
+        """Numbers of the tensors that are trained."""
+        return tuple(index for index, trained in enumerate(self.model.trained) if trained)
+
+    def owners(self, rank: int) -> Mapping[int, int]:
+        """Elements of the tensors that reach into a process's share under ZeRO-1 and 2, by the tensor's number.
+
+        A tensor on a border is held whole by both sides.
+        """
+        low, high = rank * self.flat_share, (rank + 1) * self.flat_share
+        found: dict[int, int] = {}
+        start = 0
+        for tensor in self.trained_tensors:
+            end = start + self.model.tensors[tensor]
+            if start < high and low < end:
+                found[tensor] = self.model.tensors[tensor]
+            start = end
+        return found
+
+    @property
+    def whole_share(self) -> int:
+        """Elements of the tensors that reach into a share, for the process for which these are the most."""
+        totals = [0] * self.world
+        start = 0
+        for count in self.model.optimized:
+            end = start + count
+            for rank in range(start // self.flat_share, (end - 1) // self.flat_share + 1):
+                totals[rank] += count
+            start = end
+        return max(totals)
+
+    @property
     def sub_group(self) -> int:
         """Elements of the largest sub-group: tensors are added until the size is reached, so it may be passed."""
         size = self.recipe.sub_group_size
@@ -447,45 +480,20 @@ class _Job:
         return count if self.cluster.cpu or count == 0 else 1 << (count - 1).bit_length()
 
 
-def _most(*moments: Bytes) -> Bytes:
-    """The moment that holds the most."""
-    return max(moments, key=lambda one: sum(one.values()))
+class _Peak:
+    """Of many moments, the one that holds the most."""
 
+    def __init__(self) -> None:
+        self.parts: Bytes = {}
 
-@dataclass(slots=True)
-class _Held:
-    """What a stage holds beside its static part, as the events go by; `spike` lasts only for a moment."""
-
-    held: Bytes = field(default_factory=dict)
-    spike: Bytes = field(default_factory=dict)
-
-    def add(self, name: str, count: int) -> None:
-        self.held[name] = self.held.get(name, 0) + count
-
-
-def _replay(events: Sequence[Event], held: _Held, feed: Callable[[Event], None], end: Callable[[], None]) -> Bytes:
-    """The moment of a forward and backward in which the most is held."""
-    best: Bytes = {}
-    most = -1
-
-    def consider(activations: int, spike: Bytes) -> None:
-        nonlocal best, most
-        total = activations + sum(held.held.values()) + sum(spike.values())
-        if total > most:
-            most = total
-            best = {"activations": activations, **held.held}
-            for name, count in spike.items():
-                best[name] = best.get(name, 0) + count
-
-    for event in events:
-        consider(event.peak, {})
-        held.spike = {}
-        feed(event)
-        consider(event.level, held.spike)
-    held.spike = {}
-    end()
-    consider(events[-1].level if events else 0, held.spike)
-    return best
+    def see(self, *moment: Bytes) -> None:
+        """One moment; what is named twice is added."""
+        if sum(sum(some.values()) for some in moment) <= sum(self.parts.values()):
+            return
+        self.parts = {}
+        for some in moment:
+            for name, count in some.items():
+                self.parts[name] = self.parts.get(name, 0) + count
 
 
 # Plain DDP
@@ -498,16 +506,16 @@ def _plain(job: _Job) -> tuple[Bytes, Bytes]:
         "optimizer": job.states * trained,
         "buckets": MASTER * trained if job.world > 1 else 0,
     }
-    held = _Held({"gradients": MASTER * trained if job.accumulates else 0})
-
-    def feed(event: Event) -> None:
+    peak = _Peak()
+    gradients = MASTER * trained if job.accumulates else 0
+    for event in job.model.autocast:
+        peak.see({"activations": event.peak, "gradients": gradients})
         if isinstance(event, Gradient) and not job.accumulates:
-            held.add("gradients", MASTER * job.model.tensors[event.tensor])
-
-    passing = _replay(job.model.autocast, held, feed, lambda: None)
+            gradients += MASTER * job.model.tensors[event.tensor]
+        peak.see({"activations": event.level, "gradients": gradients})
     stepped = max(job.model.optimized, default=0) if job.cluster.cpu else trained
-    step = {"gradients": MASTER * trained, "step": job.temporaries * MASTER * stepped}
-    return static, _most(passing, step)
+    peak.see({"gradients": MASTER * trained, "step": job.temporaries * MASTER * stepped})
+    return static, peak.parts
 
 
 def _built(job: _Job) -> Bytes:
@@ -522,8 +530,8 @@ class _Bucket:
     """Gradients on their way to the reduction: filled until the next would not fit."""
 
     def __init__(self, job: _Job) -> None:
-        self.item = job.item
         self.size = job.recipe.reduce_bucket_size
+        self.tensors: list[int] = []
         self.elements = 0
         self.beside = 0  # elements of a gradient that is larger than the bucket, and stays where it is
         self.most = 0
@@ -531,108 +539,119 @@ class _Bucket:
     def is_full_for(self, count: int) -> bool:
         return self.elements > 0 and self.elements + count > self.size
 
-    def put(self, count: int) -> None:
+    def put(self, tensor: int, count: int) -> None:
+        self.tensors.append(tensor)
         self.elements += count
         if count > self.size:
             self.beside = count
         else:
             self.most = max(self.most, self.elements)
 
-    def empty(self) -> int:
-        """Elements that were in it."""
-        went, self.elements, self.beside = self.elements, 0, 0
-        return went
+    def empty(self) -> None:
+        self.tensors, self.elements, self.beside = [], 0, 0
 
 
 def _flat(job: _Job) -> tuple[Bytes, Bytes]:
     item, share = job.item, job.flat_share
-    static = {
-        "parameters": item * (2 * job.world * math.ceil(job.trained / (2 * job.world)) + job.frozen) + job.model.buffers
-    }
+    static = {"parameters": item * (job.world * share + job.frozen) + job.model.buffers}
+    largest = max(job.model.optimized, default=0)
     if job.offloads:
-        static["staging"] = item * max(job.model.optimized, default=0)
+        static["staging"] = item * largest
     else:
         static["master weights"] = MASTER * share
         static["optimizer"] = job.states * share
-    passing = _flat_passing(job)
-    if job.offloads:
-        return static, passing
-    own = item * _tensors_of_a_share(job)
-    largest = max(job.model.optimized, default=0)
-    wide = MASTER * share if item != MASTER else 0
-    norm = {"gradients": own, "step": NORM * largest}
-    copied = {"gradients": own + item * share + wide}
-    step = {"gradients": MASTER * share, "step": job.temporaries * MASTER * share}
-    return static, _most(passing, norm, copied, step)
+    passing = _FlatPass(job)
+    passing.run()
+    peak = passing.peak
+    if not job.offloads:
+        own = item * job.whole_share
+        peak.see({"own gradients": own, "step": NORM * largest})
+        peak.see({"own gradients": own, "step": (item + (MASTER if item != MASTER else 0)) * share})
+        peak.see({"step": (1 + job.temporaries) * MASTER * share})
+    return static, peak.parts
 
 
-def _flat_passing(job: _Job) -> Bytes:
-    """Forward and backward under ZeRO-1 or 2."""
-    item, tensors = job.item, job.model.tensors
-    bucket = _Bucket(job)
-    own = 0 if job.offloads else item * _tensors_of_a_share(job)
-    early = job.rung.stage > 1 or job.recipe.overlaps(job.rung.stage)
-    held = _Held()
-    if job.accumulates:
-        held.add("gradients", item * job.trained if job.rung.stage == 1 else own)
+class _FlatPass:
+    """A forward and backward under ZeRO-1 or 2, as the process sees it that has the most.
 
-    def allocate() -> None:
-        copies = 2 if job.recipe.overlaps(job.rung.stage) else 1
-        size = bucket.most if job.cluster.cpu else job.recipe.reduce_bucket_size
-        held.held["buckets"] = copies * item * size + item * bucket.beside
+    On a GPU the room for the own gradients is taken whole, at the first reduction; where CPUs train it is taken as it
+    is written: soonest by the last process at stage 2, whose tensors have their gradients first, and by the first
+    process at stage 1, which reduces in the order of the tensors.
+    """
 
-    def flush() -> None:
-        large = bucket.beside
-        went = bucket.empty()
-        held.spike = {"reduction": item * max(went, large)}
-        if job.offloads:
-            held.spike["conversion"] = (MASTER + NORM) * max(job.model.optimized, default=0)
-        held.held["own gradients"] = own
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.peak = _Peak()
+        self.bucket = _Bucket(job)
+        self.held: Bytes = {}
+        self.level = 0
+        self.early = job.rung.stage > 1 or job.recipe.overlaps(job.rung.stage)
+        whole = job.whole_share
+        self.own = {} if job.offloads else job.owners(0 if not self.early else job.world - 1)
+        self.room = 0 if job.offloads or job.cluster.cpu else job.item * whole
+        if job.accumulates:
+            self.held["gradients"] = job.item * (job.trained if job.rung.stage == 1 else 0 if job.offloads else whole)
 
-    def reduce(count: int) -> None:
-        if bucket.is_full_for(count):
-            flush()
-        bucket.put(count)
-        allocate()
+    def run(self) -> None:
+        for event in self.job.model.cast:
+            self.peak.see({"activations": event.peak}, self.held)
+            self.level = event.level
+            if isinstance(event, Gradient):
+                self._take(event.tensor)
+            self._see()
+        if not self.early:
+            for tensor in self.job.trained_tensors:
+                count = self.job.model.tensors[tensor]
+                self._reduce(tensor)
+                if count <= self.bucket.size:
+                    self._add("gradients", -self.job.item * count)
+                self._see()
+        self._flush()
 
-    def feed(event: Event) -> None:
-        if not isinstance(event, Gradient):
+    def _take(self, tensor: int) -> None:
+        if self.early:
+            self._reduce(tensor)
             return
-        if early:
-            reduce(tensors[event.tensor])
+        self._allocate()
+        if not self.job.accumulates:
+            self._add("gradients", self.job.item * self.job.model.tensors[tensor])
+
+    def _reduce(self, tensor: int) -> None:
+        count = self.job.model.tensors[tensor]
+        if self.bucket.is_full_for(count):
+            self._flush()
+        self.bucket.put(tensor, count)
+        self._allocate()
+
+    def _allocate(self) -> None:
+        copies = 2 if self.job.recipe.overlaps(self.job.rung.stage) else 1
+        size = self.bucket.most if self.job.cluster.cpu else self.bucket.size
+        self.held["buckets"] = copies * self.job.item * size
+        if self.early:
+            self.held["large gradients"] = self.job.item * self.bucket.beside
+
+    def _flush(self) -> None:
+        item = self.job.item
+        self._see({"reduction": item * self.bucket.elements})
+        sizes = {tensor: item * self.job.model.tensors[tensor] for tensor in self.bucket.tensors}
+        if self.job.offloads and sizes:
+            self._see({"conversion": NORM * max(sizes.values()) // item})
+        written = sum(size for tensor, size in sizes.items() if tensor in self.own)
+        if self.job.cluster.cpu:
+            self._add("own gradients", written)
         else:
-            allocate()
-            if not job.accumulates:
-                held.add("gradients", item * tensors[event.tensor])
+            self.held["own gradients"] = self.room
+        if not self.early and self.bucket.beside and written:
+            self._add("gradients", -item * self.bucket.beside)
+        self._see()
+        self.bucket.empty()
+        self.held["large gradients"] = 0
 
-    def end() -> None:
-        if early:
-            flush()
-            return
-        # At stage 1 all gradients go through the bucket now: the first time that it is full, the most is held.
-        for count in job.model.optimized:
-            if bucket.is_full_for(count):
-                break
-            bucket.put(count)
-        moved = bucket.elements - bucket.beside
-        held.held["gradients"] -= item * moved
-        allocate()
-        flush()
+    def _add(self, name: str, count: int) -> None:
+        self.held[name] = self.held.get(name, 0) + count
 
-    return _replay(job.model.cast, held, feed, end)
-
-
-def _tensors_of_a_share(job: _Job) -> int:
-    """Elements of the tensors that reach into a share, for the process for which these are the most."""
-    share = job.flat_share
-    start = 0
-    totals = [0] * job.world
-    for count in job.model.optimized:
-        end = start + count
-        for rank in range(start // share, min(job.world - 1, (end - 1) // share) + 1):
-            totals[rank] += count
-        start = end
-    return max(totals)
+    def _see(self, spike: Bytes | None = None) -> None:
+        self.peak.see({"activations": self.level}, self.held, spike or {})
 
 
 def _flat_host(job: _Job) -> Bytes:
@@ -646,7 +665,7 @@ def _flat_host(job: _Job) -> Bytes:
         "staging": job.pinned(item * share) + job.pinned(item * max(job.model.optimized, default=0)),
     }
     if job.accumulates:
-        kept["accumulated gradients"] = item * _tensors_of_a_share(job)
+        kept["accumulated gradients"] = item * job.whole_share
     return kept | _built(job)
 
 
@@ -655,27 +674,24 @@ def _flat_host(job: _Job) -> Bytes:
 
 def _sharded(job: _Job) -> tuple[Bytes, Bytes]:
     item = job.item
+    passing = _ShardedPass(job)
+    passing.run()
+    size = passing.bucket.most if job.cluster.cpu else job.recipe.reduce_bucket_size
     static = {
+        "parameters": job.model.buffers + (item * job.all_share if job.rung.params_on == "gpu" else 0),
         "persistent parameters": item * sum(job.model.tensors[one] for one in job.persistent) if job.world > 1 else 0,
-        "buckets": item * job.recipe.reduce_bucket_size,
+        "buckets": item * size,
     }
-    static["parameters"] = job.model.buffers + (item * job.all_share if job.rung.params_on == "gpu" else 0)
+    peak = passing.peak
     if not job.offloads:
-        static["master weights"] = MASTER * job.share if item != MASTER or job.rung.params_on != "gpu" else 0
+        static["master weights"] = MASTER * job.share
         static["optimizer"] = job.states * job.share
         static["gradients"] = item * job.share
-    sharding = _Sharding(job)
-    passing = _replay(job.model.cast, sharding.held, sharding.feed, sharding.flush)
-    if job.cluster.cpu:
-        static["buckets"] = item * sharding.bucket.most
-    if job.offloads:
-        return static, passing
-    group = job.sub_group
-    wide = MASTER * group if item != MASTER else 0
-    norm = {"step": NORM * math.ceil(max(job.model.optimized, default=0) / job.world)}
-    copied = {"step": item * group + wide}
-    step = {"step": (1 + job.temporaries) * MASTER * group}
-    return static, _most(passing, norm, copied, step)
+        group = job.sub_group
+        peak.see({"step": NORM * math.ceil(max(job.model.optimized, default=0) / job.world)})
+        peak.see({"step": (item + (MASTER if item != MASTER else 0)) * group})
+        peak.see({"step": (1 + job.temporaries) * MASTER * group})
+    return static, peak.parts
 
 
 @dataclass(slots=True)
@@ -688,25 +704,36 @@ class _Flight:
     landed: bool = False
 
 
-class _Sharding:
+class _ShardedPass:
     """What is gathered, and what waits to be reduced, in one forward and backward under ZeRO-3."""
 
     def __init__(self, job: _Job) -> None:
         self.job = job
-        self.held = _Held()
+        self.peak = _Peak()
         self.bucket = _Bucket(job)
+        self.held: Bytes = {}
+        self.level = 0
         self.uses = [event.tensors for event in job.model.cast if isinstance(event, Use)]
         self.next = _next_uses(self.uses, job.model.tensors)
         self.queue = deque((step, tensor) for step, tensors in enumerate(self.uses) for tensor in tensors)
         self.step = 0
         self.live: set[int] = set(job.persistent)
+        self.passed: dict[int, int] = {}  # the last use of a tensor that the prefetcher has gone by
         self.flights: list[_Flight] = []
 
-    def feed(self, event: Event) -> None:
-        if isinstance(event, Gradient):
-            self._reduce(self.job.model.tensors[event.tensor])
-        elif self.job.world > 1:
-            self._use(event.tensors)
+    def run(self) -> None:
+        for event in self.job.model.cast:
+            self.peak.see({"activations": event.peak}, self.held)
+            self.level = event.level
+            if isinstance(event, Gradient):
+                self._reduce(event.tensor)
+            elif self.job.world > 1:
+                self._use(event.tensors)
+            self._see()
+        self._flush()
+
+    def _see(self, spike: Bytes | None = None) -> None:
+        self.peak.see({"activations": self.level}, self.held, spike or {})
 
     def _whole(self, tensors: Iterable[int]) -> int:
         """Bytes of gathered tensors: each is padded to the processes."""
@@ -718,17 +745,20 @@ class _Sharding:
             self._release(self.step - 1)
         wanted = {one for one in tensors if one not in self.live}
         self.live |= wanted
-        self.held.spike = {"gathering": self._whole(wanted) if len(wanted) > 1 else 0}
+        self._tell()
+        self._see({"gathering": self._whole(wanted) if len(wanted) > 1 else 0})
         self._land(tensors)
         self._prefetch()
         self._tell()
         self.step += 1
 
-    def _land(self, tensors: Iterable[int]) -> None:
+    def _land(self, tensors: tuple[int, ...]) -> None:
         """What is used now has been waited for."""
         for flight in self.flights:
             if not flight.pending.isdisjoint(tensors):
                 flight.landed = True
+                self._tell()
+                self._see()
                 flight.pending.difference_update(tensors)
         self.flights = [flight for flight in self.flights if flight.pending]
 
@@ -740,35 +770,42 @@ class _Sharding:
         ahead: set[int] = set()
         count = 0
         while self.queue and count < room:
-            _, one = self.queue.popleft()
+            step, one = self.queue.popleft()
+            self.passed[one] = step
             if one not in self.live:
                 ahead.add(one)
                 self.live.add(one)
                 count += sizes[one]
         if len(ahead) > 1:
-            self.flights.append(_Flight(bytes=self._whole(ahead), pending=set(ahead)))
+            self.flights.append(_Flight(bytes=self._whole(ahead), pending=ahead))
 
     def _release(self, step: int) -> None:
-        """Let go of what a module used, unless it is used again soon."""
+        """Let go of what a module used, unless it is used again soon, or the prefetcher counts on it."""
         for one in self.uses[step]:
             distance = self.next[step].get(one)
-            if one not in self.job.persistent and (distance is None or distance >= self.job.recipe.max_reuse_distance):
+            if one in self.job.persistent or self.passed.get(one, -1) > self.step:
+                continue
+            if distance is None or distance >= self.job.recipe.max_reuse_distance:
                 self.live.discard(one)
 
     def _tell(self) -> None:
-        self.held.held["gathered parameters"] = self._whole(self.live - self.job.persistent)
-        self.held.held["prefetch"] = sum(flight.bytes for flight in self.flights if flight.landed)
+        """What flies lies in its buffer; what has landed in its copies, beside the buffer."""
+        flying = sum(flight.bytes for flight in self.flights)
+        in_air = {one for flight in self.flights if not flight.landed for one in flight.pending}
+        self.held["prefetch"] = flying
+        self.held["gathered parameters"] = self._whole(self.live - self.job.persistent - in_air)
 
-    def _reduce(self, count: int) -> None:
+    def _reduce(self, tensor: int) -> None:
+        count = self.job.model.tensors[tensor]
         if self.bucket.is_full_for(count):
-            self.flush()
-        self.bucket.put(count)
-        self.held.held["large gradients"] = self.job.item * self.bucket.beside
+            self._flush()
+        self.bucket.put(tensor, count)
+        self.held["large gradients"] = self.job.item * self.bucket.beside
 
-    def flush(self) -> None:
-        went = self.bucket.empty()
-        self.held.held["large gradients"] = 0
-        self.held.spike = {"reduction": self.job.item * went}
+    def _flush(self) -> None:
+        self._see({"reduction": self.job.item * self.bucket.elements})
+        self.bucket.empty()
+        self.held["large gradients"] = 0
 
 
 def _next_uses(uses: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> list[dict[int, int]]:

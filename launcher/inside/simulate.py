@@ -7,9 +7,9 @@ Run by `launcher plan` where torch is: in a node container, or by another Python
             name. That function takes nothing and gives an nn.Module, or (nn.Module, loss) where
             loss(module, micro_batch, sequence) runs it on made-up inputs and gives a scalar.
             micro_batch, sequence: the inputs; checkpointing; precision: no, fp16, bf16 or fp8
-  answer    tensors: [[numel, trained]] as DeepSpeed meets them; buffers: bytes; modules: [[name, [tensor, …]]], the
-            modules that own tensors; cast and autocast (the same where the precision is no): what happens in one
-            forward and backward, as ZeRO runs it (the model cast) and as plain training does (under autocast):
+  answer    tensors: [[numel, trained]] as DeepSpeed meets them; buffers: bytes; modules: [[name, [tensor, …]]], with
+            the tensors that each owns itself; cast and autocast (the same where the precision is no): what happens in
+            one forward and backward, as ZeRO runs it (the model cast) and as plain training does (under autocast):
             [["use", module, peak, level] | ["grad", tensor, peak, level], …]
             error: what kept the model from being run, instead
 
@@ -160,7 +160,7 @@ def measures(model: nn.Module) -> dict[str, Any]:
     return {
         "tensors": [[one.numel(), one.requires_grad] for one in model.parameters()],
         "buffers": sum(one.numel() * one.element_size() for one in model.buffers()),
-        "modules": [[name, mine] for name, mine in owned if mine],
+        "modules": [[name, mine] for name, mine in owned],
     }
 
 
@@ -236,8 +236,7 @@ def widened(tensor: Tensor) -> Tensor:
 def hooked(model: nn.Module, watch: Watch) -> Iterator[None]:
     """Let the model's own modules tell when they are used, and its parameters when they have their gradients."""
     handles: list[Any] = []
-    owners = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
-    for number, module in enumerate(owners):
+    for number, module in enumerate(model.modules()):
         handles.append(module.register_forward_pre_hook(lambda *_, number=number: watch.note("use", number)))
         handles.append(module.register_forward_hook(before_backward(watch, number)))
     for number, one in enumerate(model.parameters()):

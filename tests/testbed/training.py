@@ -3,7 +3,8 @@
     python -m tests.testbed.training <settings.jsonl >measured.jsonl
 
 One line in, one line out. Settings: {model: the question of inside/simulate.py, stage, offload, processes, steps, and
-recipe: fields of `launcher.memory.Recipe`}; answer: a list, by rank, of {states: bytes of all tensors at rest after the
+recipe: fields of `launcher.memory.Recipe`; cgroup and limit: a memory cgroup for all ranks, and by how many bytes it may
+grow once they are set up}; answer: a list, by rank, of {states: bytes of all tensors at rest after the
 steps, peak: the most that the process took in the steps, rest: what it takes after them, loss: by step}, or {error}.
 Memory is counted beyond what a process takes that has trained something tiny in the same way. The libraries are
 imported once, and each rank is a fork.
@@ -19,6 +20,7 @@ import ctypes
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -115,11 +117,24 @@ def measure(settings: dict[str, Any]) -> Any:
             if child == 0:
                 be_rank(settings, rank, Path(folder))
             ranks.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks]
+        codes = wait(ranks)
         if any(codes):
             notes = [path.read_text() for path in Path(folder).glob("*.error")]
-            return {"error": notes[0] if notes else f"ended with {codes}"}
+            killed = min(codes) == -signal.SIGKILL and "killed: out of memory"
+            return {"error": killed or (notes[0] if notes else f"ended with {codes}")}
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(settings["processes"])]
+
+
+def wait(ranks: list[int]) -> list[int]:
+    """Exit codes, negative for a signal; when one ended badly the others are ended."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(ranks):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        if codes[child] != 0:
+            for other in set(ranks) - set(codes):
+                os.kill(other, signal.SIGTERM)
+    return [codes[child] for child in ranks]
 
 
 def be_rank(settings: dict[str, Any], rank: int, folder: Path) -> None:
@@ -148,6 +163,8 @@ def train(settings: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     rehearse(settings)
     release()
     before, ours = resident("VmRSS"), tensors()
+    if "limit" in settings:
+        confine(Path(settings["cgroup"]), settings["limit"], first=rank == 0)
     step = prepare(settings)
     release()
     Path("/proc/self/clear_refs").write_text("5")
@@ -155,6 +172,18 @@ def train(settings: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     peak = resident("VmHWM") - before
     release()
     return {"states": tensors() - ours, "peak": peak, "rest": resident("VmRSS") - before, "loss": losses}
+
+
+def confine(group: Path, more: int, *, first: bool) -> None:
+    """Let the memory cgroup in which the ranks are take so many bytes more than it holds now."""
+    import torch.distributed
+
+    torch.distributed.barrier()
+    if first:
+        v1 = (group / "memory.usage_in_bytes").exists()
+        now = int((group / ("memory.usage_in_bytes" if v1 else "memory.current")).read_text())
+        (group / ("memory.limit_in_bytes" if v1 else "memory.max")).write_text(str(now + more))
+    torch.distributed.barrier()
 
 
 def rehearse(settings: dict[str, Any]) -> None:
