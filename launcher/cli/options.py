@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 NAME = "launcher"
 ORDER = (
-    *("init", "trust", "up", "run", "status", "ls", "logs", "attach", "stop", "exec", "shell", "env", "test", "down"),
-    *("config", "image", "schema", "completion"),
+    *("init", "trust", "up", "plan", "run", "status", "ls", "logs", "attach", "stop", "exec", "shell"),
+    *("env", "test", "down", "config", "image", "schema", "completion"),
 )
 
 

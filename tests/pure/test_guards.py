@@ -71,7 +71,8 @@ def test_every_module_stands_on_its_storey() -> None:
         ("yaml", {"cluster/document.py", "launcher/render.py"}),
         ("pathspec", {"launcher/snapshot.py"}),
         ("rich", {"launcher/views/live.py"}),
-        ("torch", {f"launcher/inside/{name}.py" for name in ("launch", "environment", "trial")}),
+        ("torch", {f"launcher/inside/{name}.py" for name in ("launch", "environment", "simulate", "trial")}),
+        ("transformers", {"launcher/inside/simulate.py"}),
         ("accelerate", {f"launcher/inside/{name}.py" for name in ("launch", "bootstrap", "environment", "trial")}),
         ("deepspeed", {f"launcher/inside/{name}.py" for name in ("bootstrap", "environment")}),
     ],
@@ -93,7 +94,7 @@ def test_only_the_border_knows_pydantic_and_only_the_command_line_knows_click() 
 
 @pytest.mark.parametrize("path", sorted(INSIDE.glob("*.py")), ids=lambda path: path.stem)
 def test_what_runs_in_a_container_needs_nothing_of_ours(path: Path) -> None:
-    known = {*sys.stdlib_module_names, "torch", "accelerate", "deepspeed"}
+    known = {*sys.stdlib_module_names, "torch", "accelerate", "deepspeed", "transformers"}
     assert {name.split(".")[0] for name in imported(path)} <= known
 
 
@@ -168,6 +169,11 @@ COMMANDS = {
     "init": ("HOSTS", "-o/--output", "--name", "-i/--identity-file", "--yes"),
     "trust": ("CLUSTER", "--yes", "--replace"),
     "up": ("CLUSTER", "--engine", "--dry-run", "--ignore", JSON),
+    "plan": (
+        *(CLUSTER, "--parameters", "--model", "--model-from", "--micro-batch", "--sequence", "--checkpointing"),
+        *("--precision", "--optimizer", "--accumulation", "--stage", "--offload-optimizer", "--offload-param"),
+        *("--gpu-memory", "--gpus", "--nodes", "--host-memory", "--nvme", JSON),
+    ),
     "run": (
         *(CLUSTER, *JOB, "--engine", "--port", "--secret", "--secrets-file", "--snapshot-limit", "-d/--detach"),
         *("--dry-run", "--ignore", JSON, "SCRIPT", "ARGS"),

@@ -1,0 +1,327 @@
+"""The ladder beside real runs: predicted and measured bytes, and whether the lowest rung that fits is found.
+
+    nice python -m tests.benchmarks.ladder [--configurations 50] [--seed 1] [--write docs/benchmarks/ladder.md]
+
+Each configuration is a model, a batch and a recipe, drawn by the seed. It is simulated once, as `launcher plan` does,
+and trained for real on every rung that stays on the device (DDP, ZeRO-1, 2, 3), and every fourth also with offload to
+the CPU: two processes over gloo on this machine's CPUs, see tests/testbed/training.py. Measured are the tensors at rest
+and the most that a process took. What was measured is kept in --kept, so that a run can go on where it ended.
+
+The lowest rung: for each configuration `BUDGETS` amounts of memory are drawn between the least and the most that its
+rungs took; on each the rung that really fits first is compared with the one that is predicted to. With --cgroup a
+sample of runs is done once more in a memory cgroup: at what was predicted they must live, at less than what was
+measured they must be killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.memory import Cluster, Host, Recipe, Rung, Weight, weigh
+from launcher.model import Model, read_simulation
+from tests.testbed import training
+
+ROOT = Path(__file__).resolve().parents[2]
+PROCESSES = 2
+RUNGS = (Rung(stage=0), Rung(stage=1), Rung(stage=2), Rung(stage=3))
+OFFLOADING = (
+    Rung(stage=2, optimizer_on="cpu"),
+    Rung(stage=3, optimizer_on="cpu"),
+    Rung(stage=3, optimizer_on="cpu", params_on="cpu"),
+)
+BUDGETS = 8
+# What a process grows by that is no tensor (modules, hooks, buffers of gloo), and what kernels take for themselves:
+# set once, by other configurations (seed 0) than those that are reported.
+PROCESS = 12 << 20
+SLACK = 0.01
+
+PLAIN = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding({vocabulary}, {width})
+        layer = nn.TransformerEncoderLayer({width}, 4, 4 * {width}, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, {depth}, enable_nested_tensor=False)
+        self.head = nn.Linear({width}, {vocabulary})
+
+    def forward(self, ids):
+        return self.head(self.layers(self.embed(ids)))
+
+def make():
+    return Model()
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """A question of inside/simulate.py, and a recipe."""
+
+    name: str
+    question: dict[str, Any]
+    recipe: dict[str, Any]
+
+    def settings(self, rung: Rung) -> dict[str, Any]:
+        offload = [name for name, on in (("optimizer", rung.optimizer_on), ("param", rung.params_on)) if on == "cpu"]
+        return {
+            "model": self.question,
+            "recipe": self.recipe,
+            "stage": rung.stage,
+            "offload": offload,
+            "processes": PROCESSES,
+            "steps": 2,
+        }
+
+
+def generate(seed: int, count: int) -> Iterator[Configuration]:
+    """Configurations, the same for the same seed."""
+    dice = random.Random(seed)  # noqa: S311 - not for secrets
+    for number in range(count):
+        family = dice.choice(["gpt2", "llama", "plain"])
+        width, depth = 64 * dice.randint(4, 9), dice.randint(2, 6)
+        vocabulary = 1000 * dice.randint(2, 12)
+        question: dict[str, Any] = {
+            "micro_batch": dice.randint(1, 4),
+            "sequence": 32 * dice.randint(2, 6),
+            "checkpointing": dice.random() < 0.25 and family != "plain",
+            "precision": dice.choice(["no", "bf16"]),
+        }
+        recipe: dict[str, Any] = {
+            "reduce_bucket_size": int(10 ** dice.uniform(6, 7.5)),
+            "accumulation": dice.choice([1, 1, 1, 2]),
+            "persistence_threshold": dice.choice([0, 10_000, 100_000]),
+            "prefetch_bucket_size": dice.choice([0, 1_000_000, 50_000_000]),
+            "max_reuse_distance": dice.choice([0, 5_000_000, 1_000_000_000]),
+            "sub_group_size": dice.choice([1_000_000, 1_000_000_000]),
+        }
+        name = f"{family} {depth} x {width}"
+        question |= shape(family, width=width, depth=depth, vocabulary=vocabulary)
+        yield Configuration(name=f"{number + 1}: {name}", question=question, recipe=recipe)
+
+
+def shape(family: str, *, width: int, depth: int, vocabulary: int) -> dict[str, Any]:
+    """The model, as a question says it."""
+    if family == "plain":
+        return {"code": PLAIN.format(width=width, depth=depth, vocabulary=vocabulary), "function": "make"}
+    if family == "gpt2":
+        own = {"n_layer": depth, "n_embd": width, "n_head": 4, "vocab_size": vocabulary, "n_positions": 256}
+        return {"config": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **own}}
+    own = {
+        "num_hidden_layers": depth,
+        "hidden_size": width,
+        "intermediate_size": 64 * round(width * 8 / 3 / 64),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": vocabulary,
+    }
+    return {"config": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **own}}
+
+
+# Predicting and measuring
+
+
+def simulate(question: dict[str, Any]) -> Model:
+    """As `launcher plan` does it."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "launcher/inside/simulate.py"],
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return read_simulation(json.loads(done.stdout), where="simulation")
+
+
+def predict(model: Model, configuration: Configuration, rung: Rung) -> Weight:
+    """What the rung takes of this machine."""
+    host = Host(name="here", gpus=PROCESSES, gpu_memory=0, memory=0)
+    machines = Cluster(hosts=(host,), cpu=True, context=0, process=PROCESS, slack=SLACK)
+    optimizer = "cpuadam" if rung.optimizer_on == "cpu" else "adamw"
+    recipe = Recipe(precision=configuration.question["precision"], optimizer=optimizer, **configuration.recipe)
+    return weigh(rung, model, recipe, machines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One run: bytes of one process."""
+
+    configuration: Configuration
+    rung: Rung
+    states: tuple[int, int]  # predicted, measured
+    peak: tuple[int, int]
+
+    @property
+    def error(self) -> float:
+        """Of the peak, as a share of what was measured; below zero it was underestimated."""
+        return self.peak[0] / self.peak[1] - 1
+
+    @property
+    def states_error(self) -> float:
+        """Of the tensors at rest."""
+        return self.states[0] / self.states[1] - 1
+
+
+def rows(configurations: Sequence[Configuration], kept: Path) -> Iterator[Row]:
+    """Every run, as it is done; what is kept is not done again."""
+    known = {}
+    if kept.exists():
+        for line in kept.read_text().splitlines():
+            settings, measured = json.loads(line)
+            known[json.dumps(settings, sort_keys=True)] = measured
+    with training.start() as server:
+        for number, configuration in enumerate(configurations):
+            model = simulate(configuration.question)
+            for rung in (*RUNGS, *(OFFLOADING if number % 4 == 0 else ())):
+                settings = configuration.settings(rung)
+                key = json.dumps(settings, sort_keys=True)
+                if key not in known:
+                    known[key] = training.ask(server, settings)
+                    with kept.open("a") as file:
+                        file.write(json.dumps([settings, known[key]]) + "\n")
+                if isinstance(known[key], dict):
+                    sys.stdout.write(f"{configuration.name} {rung.name}: {known[key]['error']}\n")
+                    continue
+                yield row(configuration, rung, predict(model, configuration, rung), known[key])
+
+
+def row(configuration: Configuration, rung: Rung, weight: Weight, measured: list[dict[str, Any]]) -> Row:
+    """What was predicted beside what was measured of the process that took the most."""
+    hidden = sum(part.bytes for part in weight.parts if rung.stage == 0 and part.name == "buckets")  # DDP's, in C++
+    return Row(
+        configuration=configuration,
+        rung=rung,
+        states=(
+            weight.states("gpu") + weight.states("cpu") - hidden,
+            max(one["states"] for one in measured),
+        ),
+        peak=(weight.on("gpu") + weight.on("cpu"), max(one["peak"] for one in measured)),
+    )
+
+
+# The lowest rung
+
+
+def choices(found: Sequence[Row], seed: int) -> Iterator[tuple[Rung | None, Rung | None]]:
+    """The rung that is predicted to fit first, and the one that does, for every budget."""
+    dice = random.Random(seed)  # noqa: S311 - not for secrets
+    by_name: dict[str, list[Row]] = {}
+    for one in found:
+        if one.rung in RUNGS:
+            by_name.setdefault(one.configuration.name, []).append(one)
+    for mine in by_name.values():
+        measured = [one.peak[1] for one in mine]
+        for _ in range(BUDGETS):
+            budget = math.exp(dice.uniform(math.log(min(measured) * 0.95), math.log(max(measured) * 1.05)))
+            yield (
+                next((one.rung for one in mine if one.peak[0] <= budget), None),
+                next((one.rung for one in mine if one.peak[1] <= budget), None),
+            )
+
+
+# A cgroup as the judge
+
+
+def judged(found: Sequence[Row], group: Path, count: int) -> Iterator[tuple[Row, bool, bool]]:
+    """Runs that are done once more under a limit: whether they lived at the prediction, and died below the measured.
+
+    The limit is of both processes together, over what they hold that have trained something tiny.
+    """
+    group.mkdir()
+    try:
+        with training.start() as server:
+            for one in found[:: max(1, len(found) // count)][:count]:
+                settings = {**one.configuration.settings(one.rung), "cgroup": str(group)}
+                enough = training.ask(server, {**settings, "limit": PROCESSES * one.peak[0]})
+                little = training.ask(server, {**settings, "limit": int(PROCESSES * one.peak[1] * 0.9)})
+                yield one, isinstance(enough, list), isinstance(little, dict)
+    finally:
+        group.rmdir()
+
+
+# The report
+
+
+def summary(found: Sequence[Row], seed: int) -> dict[str, float]:
+    """The figures."""
+    errors = [one.error for one in found]
+    picks = list(choices(found, seed))
+    return {
+        "runs": len(found),
+        "configurations": len({one.configuration.name for one in found}),
+        "states, largest error": max(abs(one.states_error) for one in found),
+        "peak, mean error": statistics.fmean(abs(error) for error in errors),
+        "peak, largest error above": max(errors),
+        "peak, largest error below": min(0.0, *errors),
+        "underestimated": sum(error < 0 for error in errors),
+        "lowest rung right": sum(ours == theirs for ours, theirs in picks) / len(picks),
+        "budgets": len(picks),
+    }
+
+
+def table(found: Sequence[Row]) -> str:
+    """By rung."""
+    lines = [
+        "| rung | runs | states, largest error | peak, mean error | least | most | underestimated |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for rung in (*RUNGS, *OFFLOADING):
+        mine = [one for one in found if one.rung == rung]
+        if mine:
+            errors = [one.error for one in mine]
+            lines.append(
+                f"| {rung.name} | {len(mine)} | {max(abs(one.states_error) for one in mine):.2%} "
+                f"| {statistics.fmean(map(abs, errors)):.1%} | {min(errors):+.1%} | {max(errors):+.1%} "
+                f"| {sum(error < 0 for error in errors)} |"
+            )
+    return "\n".join(lines)
+
+
+def line(one: Row) -> str:
+    """One run."""
+    question, recipe = one.configuration.question, one.configuration.recipe
+    how = f"{question['micro_batch']} x {question['sequence']}, {question['precision']}"
+    how += ", checkpointing" * question["checkpointing"] + f", x{recipe['accumulation']}" * (recipe["accumulation"] > 1)
+    return (
+        f"| {one.configuration.name} | {how} | {one.rung.name} | {one.states[0] / 1e6:.1f} | {one.states[1] / 1e6:.1f} "
+        f"| {one.peak[0] / 1e6:.1f} | {one.peak[1] / 1e6:.1f} | {one.error:+.1%} |"
+    )
+
+
+def main() -> None:
+    """Measure, print, and write the page."""
+    parser = argparse.ArgumentParser(description="The ladder beside real runs.")
+    parser.add_argument("--configurations", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kept", type=Path, default=Path("build/ladder.jsonl"))
+    parser.add_argument("--cgroup", type=Path, help="a memory cgroup to be made, as /sys/fs/cgroup/memory/ladder")
+    parser.add_argument("--judged", type=int, default=12, help="how many runs are done once more in it")
+    parser.add_argument("--write", type=Path)
+    given = parser.parse_args()
+    given.kept.parent.mkdir(parents=True, exist_ok=True)
+    found = []
+    for one in rows(list(generate(given.seed, given.configurations)), given.kept):
+        found.append(one)
+        sys.stdout.write(line(one) + "\n")
+        sys.stdout.flush()
+    figures = summary(found, given.seed)
+    sys.stdout.write(table(found) + "\n" + json.dumps(figures, indent=2) + "\n")
+    if given.cgroup:
+        verdicts = list(judged(found, given.cgroup, given.judged))
+        lived, died = sum(one[1] for one in verdicts), sum(one[2] for one in verdicts)
+        sys.stdout.write(f"in a cgroup: {lived} of {len(verdicts)} lived, {died} of {len(verdicts)} were killed\n")
+
+
+if __name__ == "__main__":
+    main()
