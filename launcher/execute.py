@@ -14,10 +14,11 @@ from pathlib import Path
 from cluster.container import LABEL_DETACHED, LABEL_OUT, LABEL_RUN, Container
 from cluster.errors import InputError
 from cluster.fleet import Machine, each
-from launcher import checks, render, zero
-from launcher.converge import converge, image_tag, told
+from launcher import checks, ladder, render, zero
+from launcher.converge import Converged, converge, image_tag, told
 from launcher.events import CodeArrived, NodeStarted, RunBegan, RunEnded, StageBegan
 from launcher.job import Job
+from launcher.ladder import Question
 from launcher.plan import Plan, choose_port, make_plan, node_root
 from launcher.record import RunRecord
 from launcher.session import Seen, Session, find_ours, live_run, look, ours
@@ -52,13 +53,15 @@ def prepare(
     run_id: str,
     port: int | None,
     any_port: bool,
+    question: Question | None = None,
     ignored: tuple[str, ...] = (),
     dry_run: bool = False,
 ) -> Launch:
-    """Look and judge; bring up what is not up. After this only the start itself can fail."""
+    """Look and judge; bring up what is not up. After this only the start itself can fail.
+
+    `question` is the model that the ladder is asked about where the job leaves the stage to it.
+    """
     zero.check(job, accelerator=now.inventory.accelerator)
-    named = any(node.paths.checkpoints for node in now.inventory.nodes)  # it may be a shared folder
-    job = zero.settled(job, nodes=len(now.inventory.nodes), shared=named)
     tag = image_tag(now.inventory)
     seen = look(now, tag=tag, keep=not dry_run)
     refuse_foreign(seen.found)
@@ -68,14 +71,26 @@ def prepare(
     found = checks.findings(now.inventory, seen.facts, port=meeting, nvme=zero.needs_nvme(job))
     for finding in checks.judge(found, ignored=ignored):
         now.voice.warn(finding)
+    base: tuple[Converged, tuple[str, ...]] | None = None
+    if job.settings.stage == "auto":
+        base = _bring_up(now, seen, tag=tag, dry_run=dry_run)  # the model is tried in the first node's container
+        job = ladder.choose_stage(now, job, seen.facts, question)
+        zero.check(job, accelerator=now.inventory.accelerator)
+    named = any(node.paths.checkpoints for node in now.inventory.nodes)  # it may be a shared folder
+    job = zero.settled(job, nodes=len(now.inventory.nodes), shared=named)
     plan = make_plan(now.inventory, job, seen.facts, run_id=run_id, image=tag, code=snapshot.digest, port=meeting)
     for warning in _warnings(plan):
         now.voice.say(f"warning: {warning}")
+    done, todo = base or _bring_up(now, seen, tag=tag, dry_run=dry_run)
+    plan = replace(plan, image=done.plan.image)
+    return Launch(plan=plan, seen=seen, tag=tag, snapshot=snapshot, todo=todo)
+
+
+def _bring_up(now: Session, seen: Seen, *, tag: str, dry_run: bool) -> tuple[Converged, tuple[str, ...]]:
     base, todo = converge(now, seen, tag=tag, job=Job(script=""), dry_run=dry_run)
     if base.changed and not dry_run:
         now.voice.say(f"cluster {now.inventory.name} was not up: {told(base)}")
-    plan = replace(plan, image=base.plan.image)
-    return Launch(plan=plan, seen=seen, tag=tag, snapshot=snapshot, todo=todo)
+    return base, todo
 
 
 def _warnings(plan: Plan) -> tuple[str, ...]:

@@ -55,6 +55,11 @@ class JobFile(BaseModel):
     moe_leaf: tuple[str, ...] = Field(default=(), description="Classes of MoE layers that are gathered whole.")
     set: dict[str, JsonValue] = Field(default={}, description="Any key of the DeepSpeed configuration, dotted.")
     ds_config: LocalPath | None = Field(default=None, description="A DeepSpeed JSON; relative to this file's folder.")
+    parameters: str | None = Field(default=None, description="For stage auto: the model's size alone, as 7B.")
+    model: LocalPath | None = Field(default=None, description="For stage auto: a Hugging Face config.json.")
+    model_from: str | None = Field(default=None, description="For stage auto: what builds it, FILE:FUNCTION.")
+    sequence: Count | None = Field(default=None, description="For stage auto: tokens of a sample.")
+    checkpointing: bool | None = Field(default=None, description="For stage auto: activations are computed again.")
     env: Env = Field(default={}, description="Environment of the job.")
     secrets: Secrets = Field(default=(), description="Names of secrets.")
     grace: Annotated[int, Field(ge=0, le=3600)] | None = Field(

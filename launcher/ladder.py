@@ -20,7 +20,8 @@ from cluster.errors import ClusterError, CommandError, InputError, NodeError, Pr
 from cluster.facts import NodeFacts
 from cluster.inventory import Inventory
 from cluster.local import LocalTransport
-from launcher import memory, render
+from launcher import memory, render, zero
+from launcher.job import Job, Settings
 from launcher.memory import Choice, Cluster, Host, Recipe, Rung
 from launcher.model import Model, guess_model, read_simulation
 from launcher.plan import slots_of
@@ -36,6 +37,9 @@ exec(compile(told["script"], "simulate.py", "exec"), {"__name__": "__main__", "Q
 FREE_FOR_JOBS = 0.95
 
 
+SEQUENCE = 2048  # tokens of a sample, where nobody says
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """A model: a number of parameters, or a config.json, or a Python file with a function; and how it is trained."""
@@ -45,7 +49,7 @@ class Question:
     code: Path | None = None
     function: str = ""
     micro_batch: int = 1
-    sequence: int = 2048
+    sequence: int = SEQUENCE
     checkpointing: bool = False
 
 
@@ -55,6 +59,72 @@ def plan(
     """The model, and the rungs for it on a cluster; `now` where one is at hand whose containers may be up."""
     model = find_model(now, question, recipe)
     return model, memory.choose(model, recipe, cluster, asked=asked)
+
+
+def choose_stage(now: Session, job: Job, facts: Mapping[str, NodeFacts], question: Question | None) -> Job:
+    """The job on the lowest rung that fits; `PreconditionError` where none does, `InputError` without a model."""
+    if question is None:
+        raise InputError(
+            "which model? The lowest rung that fits depends on it",
+            where="--stage auto",
+            next_step="add --parameters 7B, --model config.json or --model-from model.py:make",
+        )
+    machines = read_cluster(now.inventory, facts)
+    _, choice = plan(now, question, recipe_of(job), machines, asked=None)
+    if choice.chosen is None:
+        raise PreconditionError(
+            f"no rung of the ladder fits: {choice.why}",
+            where="--stage auto",
+            next_step="a smaller --micro-batch or --sequence, --checkpointing, NVMe in the inventory, or more nodes",
+        )
+    rung = choice.chosen.weight.rung
+    note = f"stage auto: {rung.name}, the lowest rung that fits" + (f"; {choice.why}" if choice.why else "")
+    chosen: Any = {
+        "stage": rung.stage,
+        "offload_optimizer": _DEVICES[rung.optimizer_on],
+        "offload_param": _DEVICES[rung.params_on],
+    }
+    settings = dataclasses.replace(job.settings, **chosen)
+    return dataclasses.replace(job, settings=settings, notes=(*job.notes, note))
+
+
+_DEVICES: Mapping[str, Any] = {"gpu": None, "cpu": "cpu", "nvme": "nvme"}
+
+# Recipe's names for keys of zero_optimization.
+_SIZES = {
+    "reduce_bucket_size": "reduce_bucket_size",
+    "overlap_comm": "overlap_comm",
+    "prefetch_bucket_size": "stage3_prefetch_bucket_size",
+    "max_live_parameters": "stage3_max_live_parameters",
+    "max_reuse_distance": "stage3_max_reuse_distance",
+    "persistence_threshold": "stage3_param_persistence_threshold",
+    "sub_group_size": "sub_group_size",
+    "optimizer_buffers": "offload_optimizer.buffer_count",
+    "param_buffers": "offload_param.buffer_count",
+    "param_buffer_size": "offload_param.buffer_size",
+    "max_in_cpu": "offload_param.max_in_cpu",
+}
+
+
+def recipe_of(job: Job) -> Recipe:
+    """How a job trains, as far as memory is concerned: its settings, or the DeepSpeed file of the user's."""
+    config = zero.deepspeed_config(dataclasses.replace(job, settings=_without_auto(job.settings)))
+    sizes: dict[str, Any] = {name: zero.value_at(config, f"zero_optimization.{key}") for name, key in _SIZES.items()}
+    sixteen = next((name for name in ("bf16", "fp16") if zero.value_at(config, f"{name}.enabled") is True), None)
+    steps = config.get("gradient_accumulation_steps")
+    optimizer = str(job.settings.optimizer or zero.value_at(config, "optimizer.type") or "AdamW").lower()
+    given: dict[str, Any] = {name: value for name, value in sizes.items() if isinstance(value, int)}
+    return Recipe(
+        precision=job.settings.precision or sixteen or "no",
+        optimizer=optimizer if optimizer in memory.OPTIMIZERS else "adamw",  # Muon and its kin keep as many states
+        moments=2 if zero.value_at(config, "bf16.bf16_optimizer_states") is True else memory.MASTER,
+        accumulation=steps if isinstance(steps, int) else 1,
+        **given,
+    )
+
+
+def _without_auto(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, stage=None) if settings.stage == "auto" else settings
 
 
 def find_model(now: Session | None, question: Question, recipe: Recipe) -> Model:

@@ -381,8 +381,11 @@ def _check_way(job: Job) -> None:
 def _check_stage(job: Job) -> None:
     """Settings that would be ignored at this stage, or do something else."""
     settings = job.settings
-    if settings.stage == "auto":
-        return  # not known yet: checked again when it is
+    if settings.stage == "auto":  # not known yet: the rest is checked when it is
+        for name in OFFLOADS:
+            if settings.given().get(name) in ("cpu", "nvme"):
+                _refuse(name, "--stage auto chooses this, too", f"leave {option(name)} out, or name the stage")
+        return
     stage = settings.stage or 0
     if settings.clipping and not uses_deepspeed(job):
         _refuse(

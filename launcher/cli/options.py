@@ -17,9 +17,11 @@ from cluster.errors import InputError
 from launcher import __version__
 
 if TYPE_CHECKING:
+    from cluster.document import Document
     from cluster.inventory import Inventory
     from launcher.job import Job, Settings
     from launcher.jobfile import JobFile
+    from launcher.ladder import Question
     from launcher.record import ClusterMemory, Memory
     from launcher.session import Session
 
@@ -196,6 +198,69 @@ def job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which model the ladder is asked about."""
+    section = "The model, for --stage auto"
+    options = [
+        _option("--parameters", metavar="COUNT", section=section, help="Its size alone, as 7B: memory is estimated."),
+        _option(
+            "--model",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            section=section,
+            help="A Hugging Face config.json: memory is simulated.",
+        ),
+        _option(
+            "--model-from",
+            metavar="FILE:FUNCTION",
+            section=section,
+            help="A Python function that builds it: memory is simulated.",
+        ),
+        _option(
+            "--sequence",
+            type=click.IntRange(min=1),
+            metavar="N",
+            section=section,
+            help="Tokens of a sample. Default: 2048.",
+        ),
+        _option("--checkpointing", is_flag=True, section=section, help="Activations are computed again, not kept."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def read_question(asked: dict[str, Any], job: Job) -> Question | None:
+    """The model that the options of `model_options`, or the job file, name; None where they name none."""
+    from launcher.ladder import SEQUENCE, Question
+    from launcher.model import read_count
+
+    file = _job_file(asked["job_file"])[0]
+    flags = {name: asked[name] for name in ("parameters", "model", "model_from")}
+    named = (
+        flags if any(value is not None for value in flags.values()) else {name: getattr(file, name) for name in flags}
+    )
+    given = [name for name, value in named.items() if value is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise InputError("this names more than one model", next_step="give one of --parameters, --model, --model-from")
+    code, _, function = (named["model_from"] or "").rpartition(":")
+    if named["model_from"] is not None and not (code and function.isidentifier()):
+        raise InputError(
+            f"{named['model_from']!r} names no function of a file", where="--model-from", next_step="as model.py:make"
+        )
+    return Question(
+        parameters=None if named["parameters"] is None else read_count(named["parameters"], where="--parameters"),
+        config=named["model"],
+        code=Path(code) if code else None,
+        function=function,
+        micro_batch=job.settings.micro_batch or 1,
+        sequence=asked["sequence"] or file.sequence or SEQUENCE,
+        checkpointing=asked["checkpointing"] or bool(file.checkpointing),
+    )
+
+
 def _option(*names: str, section: str = "", **attributes: Any) -> Callable[..., Any]:
     return click.option(*names, cls=Option, section=section, **attributes)
 
@@ -322,12 +387,19 @@ def _pairs(texts: tuple[str, ...], option: str) -> dict[str, Any]:
     return pairs
 
 
-def _from_job_file(path: Path, flags: Settings) -> tuple[Settings, tuple[str, ...], JobFile | None]:
+def _job_file(path: Path | None) -> tuple[JobFile, Document | None]:
     from cluster.document import load as load_document
-    from launcher.jobfile import merge_notes, read_job_file
+    from launcher.jobfile import JobFile, read_job_file
 
-    document = load_document(path)
-    file = read_job_file(document)
+    document = None if path is None else load_document(path)
+    return (JobFile() if document is None else read_job_file(document)), document
+
+
+def _from_job_file(path: Path, flags: Settings) -> tuple[Settings, tuple[str, ...], JobFile | None]:
+    from launcher.jobfile import merge_notes
+
+    file, document = _job_file(path)
+    assert document is not None
     return flags.over(file.settings), merge_notes(flags, file.settings, document), file
 
 

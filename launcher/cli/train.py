@@ -17,9 +17,11 @@ from launcher.cli.options import (
     json_option,
     launcher,
     log_view,
+    model_options,
     opened,
     quit_with_reader,
     read_job,
+    read_question,
     show_json,
 )
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 @launcher.command(cls=Command, context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
 @cluster_option
 @job_options
+@model_options
 @click.option("--engine", type=click.Choice(["docker", "process"]), help="In place of the inventory's engine.")
 @click.option("--port", metavar="PORT|auto", help="Where the processes meet. Default: the inventory's master_port.")
 @click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A secret, from the environment.")
@@ -59,6 +62,7 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
     \b
     launcher run train.py --epochs 3
     launcher run --stage 3 --offload-optimizer nvme train.py
+    launcher run --stage auto --model config.json --precision bf16 train.py
     launcher run --ds-config zero3.json train.py
     launcher run --job job.yaml           script and settings from a file; options win over it
     """
@@ -87,6 +91,7 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
             run_id=execute.make_run_id(),
             port=port,
             any_port=any_port,
+            question=read_question(asked, job),
             ignored=asked["ignore"],
             dry_run=dry_run,
         )
@@ -106,7 +111,7 @@ def _run(now: Session, launch: Launch, secrets: dict[str, str], *, detach: bool,
     plan = launch.plan
     record = now.memory.run(plan.run)
     count = len(plan.nodes)
-    for note in launch.snapshot.skipped:
+    for note in (*plan.job.notes, *launch.snapshot.skipped):
         now.voice.say(note)
     now.voice.say(f"run {plan.run}: {plan.world_size} processes on {count} node{'s' * (count != 1)}")
     try:

@@ -165,17 +165,14 @@ JOB = (
     *("--sub-group-size", "--overlap-comm", "--aio", "--moe-leaf", "--set", "--ds-config", "--accelerate-config"),
     *("--job", "--grace", "--env"),
 )
+MODEL = ("--parameters", "--model", "--model-from", "--sequence", "--checkpointing")
 COMMANDS = {
     "init": ("HOSTS", "-o/--output", "--name", "-i/--identity-file", "--yes"),
     "trust": ("CLUSTER", "--yes", "--replace"),
     "up": ("CLUSTER", "--engine", "--dry-run", "--ignore", JSON),
-    "plan": (
-        *(CLUSTER, "--parameters", "--model", "--model-from", "--micro-batch", "--sequence", "--checkpointing"),
-        *("--precision", "--optimizer", "--accumulation", "--stage", "--offload-optimizer", "--offload-param"),
-        *("--gpu-memory", "--gpus", "--nodes", "--host-memory", "--nvme", JSON),
-    ),
+    "plan": (CLUSTER, *JOB, *MODEL, "--gpu-memory", "--gpus", "--nodes", "--host-memory", "--nvme", JSON),
     "run": (
-        *(CLUSTER, *JOB, "--engine", "--port", "--secret", "--secrets-file", "--snapshot-limit", "-d/--detach"),
+        *(CLUSTER, *JOB, *MODEL, "--engine", "--port", "--secret", "--secrets-file", "--snapshot-limit", "-d/--detach"),
         *("--dry-run", "--ignore", JSON, "SCRIPT", "ARGS"),
     ),
     "status": (CLUSTER, JSON),

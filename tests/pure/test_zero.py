@@ -209,7 +209,7 @@ def test_words_that_would_not_arrive_as_they_are_are_refused(job: Job) -> None:
     [
         plain(),
         plain(accumulation=4, micro_batch=2),
-        plain(stage="auto", offload_param="cpu"),
+        plain(stage="auto"),
         plain(stage=1, clipping=0.0),
         plain(stage=2, offload_optimizer="cpu", optimizer="CPUAdam", clipping=1.0, accumulation=8),
         plain(stage=3, offload_optimizer="nvme", offload_param="nvme"),
@@ -401,7 +401,9 @@ def test_the_users_file_gets_the_nodes_nvme_path_where_it_is_open(given: Any, nv
 
 
 def test_a_stage_that_is_to_be_chosen_is_judged_when_it_is() -> None:
-    check(plain(stage="auto", offload_optimizer="nvme"), accelerator="cuda")
+    check(plain(stage="auto", prefetch_bucket_size=10), accelerator="cuda")
+    with pytest.raises(PlanError, match="--stage auto chooses this, too"):
+        check(plain(stage="auto", offload_optimizer="nvme"), accelerator="cuda")
     with pytest.raises(PlanError, match="nvme-below-stage-3"):
         check(plain(stage=2, offload_optimizer="nvme"), accelerator="cuda")
 
