@@ -334,7 +334,7 @@ def lints(
 
 
 # Warnings of what a configuration of ours always says, because it is meant.
-_KNOWN = ("auto-script",)
+_KNOWN = ("auto-dataloader",)
 
 
 def judge(found: tuple[Lint, ...]) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ def plain(value: Any) -> Any:
         return [plain(one) for one in value]
     if isinstance(value, (str, int, float, bool, type(None))):
         return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return plain(vars(value)) if hasattr(value, "__dict__") else type(value).__name__
 
 
