@@ -208,7 +208,7 @@ def _run_in_container(now: Session, told: bytes) -> Result | None:
         live = [one.id for one in idle if one.is_live]
         if not live:
             return None
-        return machine.engine.execute(live[0], Command(argv=("python", "-c", BOOT), stdin=told))
+        return machine.engine.execute(live[0], Command(argv=("python3", "-c", BOOT), stdin=told))
     except CommandError:
         raise
     except NodeError as error:

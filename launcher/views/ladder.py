@@ -9,20 +9,21 @@ from launcher.memory import Choice, Cluster, Verdict, show_bytes
 from launcher.model import Model
 from launcher.views.text import table
 
-PLACES = {"gpu": "per GPU", "cpu": "per process on the host", "nvme": "per process on NVMe"}
+ON_GPUS = {"gpu": "per GPU", "cpu": "per process on the host", "nvme": "per process on NVMe"}
+ON_CPUS = {"gpu": "per process", "cpu": "per process, offloaded or reserved", "nvme": "per process on NVMe"}
 
 
 def ladder_text(model: Model, cluster: Cluster, choice: Choice) -> str:
     """What every rung takes, which is chosen, and why not the one below."""
     chosen = choice.chosen
-    lines = [_model_line(model), *_cluster_lines(cluster), "", table(_rows(choice)), ""]
+    lines = [_model_line(model), *_cluster_lines(cluster), "", table(_rows(choice, cluster)), ""]
     if chosen is None:
         lines += ["no rung fits", f"  {choice.why}"]
     else:
         lines += [f"take {chosen.weight.rung.name}", *([f"  {choice.why}"] if choice.why else [])]
     if choice.asked:
         lines.append(f"  {choice.asked}")
-    lines += ["", *_part_lines(chosen or choice.verdicts[-1])]
+    lines += ["", *_part_lines(chosen or choice.verdicts[-1], cluster)]
     return "\n".join(lines)
 
 
@@ -46,8 +47,9 @@ def _cluster_lines(cluster: Cluster) -> list[str]:
     return lines
 
 
-def _rows(choice: Choice) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("", "RUNG", "PER GPU", "PER HOST", "PER NVME", "")]
+def _rows(choice: Choice, cluster: Cluster) -> list[tuple[str, ...]]:
+    each = "PER PROCESS" if cluster.cpu else "PER GPU"
+    rows: list[tuple[str, ...]] = [("", "RUNG", each, "PER HOST", "PER NVME", "")]
     for verdict in choice.verdicts:
         missing = {short.resource: short for short in sorted(verdict.short, key=lambda one: one.missing)}
         fit = ", ".join(f"{show_bytes(one.missing)} of {name} short" for name, one in missing.items()) or "fits"
@@ -56,9 +58,9 @@ def _rows(choice: Choice) -> list[tuple[str, ...]]:
     return rows
 
 
-def _part_lines(verdict: Verdict) -> list[str]:
+def _part_lines(verdict: Verdict, cluster: Cluster) -> list[str]:
     lines = []
-    for place, where in PLACES.items():
+    for place, where in (ON_CPUS if cluster.cpu else ON_GPUS).items():
         parts = [part for part in verdict.weight.parts if part.place == place]
         if parts:
             lines.append(f"{verdict.weight.rung.name}, {where}")

@@ -3,11 +3,11 @@
     python -m tests.testbed.training <settings.jsonl >measured.jsonl
 
 One line in, one line out. Settings: {model: the question of inside/simulate.py, stage, offload, processes, steps, and
-recipe: fields of `launcher.memory.Recipe`; cgroup and limit: a memory cgroup for all ranks, and by how many bytes it may
-grow once they are set up}; answer: a list, by rank, of {states: bytes of all tensors at rest after the
-steps, peak: the most that the process took in the steps, rest: what it takes after them, loss: by step}, or {error}.
-Memory is counted beyond what a process takes that has trained something tiny in the same way. The libraries are
-imported once, and each rank is a fork.
+recipe: fields of `launcher.memory.Recipe`; cgroup and limit: a memory cgroup for all ranks, and by how many bytes it
+may grow once they are set up}; answer: a list, by rank, of {states: bytes of all tensors at rest after the steps, peak:
+the most that the process took in the steps, rest: what it takes after them, loss: by step}, or {error}. Memory is
+counted beyond what a process takes that has trained something tiny in the same way. The libraries are imported once,
+and each rank is a fork.
 
 A rank is set up as `launcher run` does on CPUs: gloo, DS_ACCELERATOR=cpu; and so that its resident memory is what it
 has allocated: no transparent huge pages, and (by environment, see `start`) a malloc that gives back what is freed.
