@@ -470,46 +470,35 @@ def read_folder(folder: Path, *, allowed: frozenset[str], complete: bool) -> Par
     optim, models, prefix = sort_files(folder)
     if not optim:
         return read_plain(folder, models, allowed=allowed)
-    states = {rank: optimizer_state(file, allowed=allowed) for rank, file in sorted(optim.items())}
-    stage, world_size = same_everywhere(states, optim)
-    for rank in sorted(set(optim) - set(range(world_size))):
-        raise Refusal(f"{optim[rank]}: is foreign: the world size is {world_size}, by {optim[min(optim)].name}")
-    for rank in range(world_size) if complete else ():
+    read = {rank: read_rank(file, allowed=allowed) for rank, file in sorted(optim.items())}
+    stage, world_size = same_everywhere({rank: told for rank, (told, _held) in read.items()}, optim)
+    expected = range(world_size) if complete else optim
+    for rank in expected:
         if rank not in optim:
-            raise Refusal(
-                f"{folder / f'{prefix}{rank}_mp_rank_00_optim_states.pt'}: is missing; "
-                f"the world size is {world_size}, by {optim[min(optim)].name}"
-            )
-    parted = stage >= PARTITIONED_STAGE
-    read: dict[int, tuple[Model, dict[str, Lying]]] = {}
-    for rank in sorted(optim) if parted else [0]:
-        file = models.get(rank if parted else None)
-        if file is not None:
-            read[rank] = read_model(file, stage=stage, first=rank == 0 and 0 in optim, allowed=allowed)
-        elif parted or complete:
-            name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if parted else "mp_rank_00_model_states.pt"
-            raise Refusal(f"{folder / name}: is missing")
-    found = {rank: model for rank, (model, _fragments) in read.items()}
-    for rank, model in found.items():
-        agree(model, found[min(found)], what=str(models[rank if parted else None]))
-    lead = found[min(found)] if found else None
-    return Part(
-        label=str(folder),
-        stage=stage,
-        world_size=world_size,
-        ranks={
-            rank: read_rank(state, file=optim[rank], rank=rank, stage=stage, model=lead, world_size=world_size)
-            for rank, state in states.items()
-        },
-        fragments={rank: fragments for rank, (_model, fragments) in read.items()},
-        model=lead,
-    )
+            missing = folder / f"{prefix}{rank}_mp_rank_00_optim_states.pt"
+            raise Refusal(f"{missing}: is missing; the world size is {world_size}, by {optim[min(optim)].name}")
+    names = {rank: f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in expected}
+    if stage < PARTITIONED_STAGE:
+        names = {0: "mp_rank_00_model_states.pt"}
+    here = {rank: name for rank, name in names.items() if complete or stage >= PARTITIONED_STAGE or name in models}
+    found = {
+        rank: read_model(folder / name, stage=stage, first=rank == 0 and 0 in optim, allowed=allowed)
+        for rank, name in here.items()
+    }
+    lead = found[min(found)][0] if found else None
+    for rank, (model, _fragments) in found.items():
+        agree(model, lead, what=str(folder / names[rank]))
+    ranks = {rank: held for rank, (_told, held) in read.items()}
+    if stage >= PARTITIONED_STAGE and lead is not None:
+        ranks = {rank: unswapped(held, rank=rank, model=lead, world_size=world_size) for rank, held in ranks.items()}
+    fragments = {rank: held for rank, (_model, held) in found.items()}
+    return Part(label=str(folder), stage=stage, world_size=world_size, ranks=ranks, fragments=fragments, model=lead)
 
 
-def sort_files(folder: Path) -> tuple[dict[int, Path], dict[int | None, Path], str]:
-    """The shards by rank, the model files by rank (None: one for all), and how the shards' names begin."""
+def sort_files(folder: Path) -> tuple[dict[int, Path], set[str], str]:
+    """The shards by rank, the names of the model files, and how the shards' names begin."""
     optim: dict[int, Path] = {}
-    models: dict[int | None, Path] = {}
+    models: set[str] = set()
     prefixes: dict[str, Path] = {}
     for file in sorted(folder.glob("*_states.pt")):
         match = OPTIM.fullmatch(file.name) or MODEL.fullmatch(file.name)
@@ -525,44 +514,55 @@ def sort_files(folder: Path) -> tuple[dict[int, Path], dict[int | None, Path], s
             prefixes.setdefault(match["prefix"], file)
             optim[int(match["rank"])] = file
         else:
-            models[None if match["rank"] is None else int(match["rank"])] = file
+            models.add(file.name)
     if len(prefixes) > 1:
         one, other = list(prefixes.values())[:2]
         raise Refusal(f"{other}: is foreign beside {one.name}: two trainings, of different precision")
-    return optim, models, next(iter(prefixes), "zero_pp_rank_")
+    return optim, models, next(iter(prefixes), "")
 
 
-def optimizer_state(file: Path, *, allowed: frozenset[str]) -> dict[str, Any]:
-    """What a shard says of its optimizer, without moments."""
+def read_rank(file: Path, *, allowed: frozenset[str]) -> tuple[tuple[int, int], Rank]:
+    """What a shard says of stage and world size, and one rank's partitions."""
     state = read_shard(file, allowed=allowed).get("optimizer_state_dict")
     if not isinstance(state, dict) or "partition_count" not in state:
         raise Refusal(f"{file}: is no ZeRO shard")
-    return state
+    counts = state["partition_count"]
+    counts = set(counts) if isinstance(counts, list) else {counts}
+    if len(counts) != 1 or "ds_zero_partition_groups" in state:
+        raise Refusal(
+            f"{file}: partitions parameters over different groups of ranks, as experts are\n"
+            "  next: convert it with DeepSpeed's ds_to_universal",
+            code=BAD_INPUT,
+        )
+    # BF16_Optimizer does not say its stage; its partitions are those of stage 1.
+    stage = int(state.get("zero_stage", 1))
+    key = "fp32_flat_groups" if stage >= PARTITIONED_STAGE else "single_partition_of_fp32_groups"
+    groups = state.get(key)
+    if stage not in (1, 2, 3) or not isinstance(groups, list) or not all(isinstance(one, Lying) for one in groups):
+        raise Refusal(f"{file}: has no {key} of a ZeRO stage {stage}")
+    paddings = state.get("param_alignment_paddings")
+    rank = Rank(
+        label=str(file),
+        groups=tuple(groups),
+        paddings=None if paddings is None else tuple(tuple(map(int, group)) for group in paddings),
+        step=step_of(state),
+    )
+    return (stage, int(counts.pop())), rank
 
 
-def same_everywhere(states: Mapping[int, Mapping[str, Any]], files: Mapping[int, Path]) -> tuple[int, int]:
+def same_everywhere(told: Mapping[int, tuple[int, int]], files: Mapping[int, Path]) -> tuple[int, int]:
     """The stage and the world size, which every shard must know the same."""
-    lead = min(states)
-    seen = {}
-    for rank, state in states.items():
-        counts = state["partition_count"]
-        counts = set(counts) if isinstance(counts, list) else {counts}
-        if len(counts) != 1 or "ds_zero_partition_groups" in state:
+    lead = min(told)
+    stage, world_size = told[lead]
+    for rank, (other_stage, other_size) in told.items():
+        if (other_stage, other_size) != (stage, world_size):
             raise Refusal(
-                f"{files[rank]}: partitions parameters over different groups of ranks, as experts are\n"
-                "  next: convert it with DeepSpeed's ds_to_universal",
-                code=BAD_INPUT,
+                f"{files[rank]}: is foreign: stage {other_stage} and world size {other_size}, where "
+                f"{files[lead].name} has stage {stage} and world size {world_size}"
             )
-        # BF16_Optimizer does not say its stage; its partitions are those of stage 1.
-        seen[rank] = int(state.get("zero_stage", 1)), int(counts.pop())
-        if seen[rank] != seen[lead]:
-            raise Refusal(
-                f"{files[rank]}: is foreign: stage {seen[rank][0]} and world size {seen[rank][1]}, where "
-                f"{files[lead].name} has stage {seen[lead][0]} and world size {seen[lead][1]}"
-            )
-    if seen[lead][0] not in (1, 2, 3):
-        raise Refusal(f"{files[lead]}: says ZeRO stage {seen[lead][0]}")
-    return seen[lead]
+        if rank >= world_size:
+            raise Refusal(f"{files[rank]}: is foreign: the world size is {world_size}, by {files[lead].name}")
+    return stage, world_size
 
 
 def read_model(file: Path, *, stage: int, first: bool, allowed: frozenset[str]) -> tuple[Model, dict[str, Lying]]:
@@ -596,16 +596,17 @@ def read_model(file: Path, *, stage: int, first: bool, allowed: frozenset[str]) 
     return model, fragments
 
 
-def read_plain(folder: Path, models: Mapping[int | None, Path], *, allowed: frozenset[str]) -> Part:
+def read_plain(folder: Path, models: set[str], *, allowed: frozenset[str]) -> Part:
     """A checkpoint without ZeRO: the model file has all weights, as they were trained."""
-    if None not in models:
+    file = folder / "mp_rank_00_model_states.pt"
+    if not models:
         raise Refusal(f"{folder}: holds no shards (*_optim_states.pt) of a DeepSpeed checkpoint")
-    state = read_shard(models[None], allowed=allowed)
-    if state.get("param_shapes") is not None:
+    state = read_shard(file, allowed=allowed) if file.name in models else {}
+    if not state or state.get("param_shapes") is not None:
         raise Refusal(f"{folder}: its *_optim_states.pt are missing, all of them")
     module = state.get("module")
     if not isinstance(module, dict):
-        raise Refusal(f"{models[None]}: is no model file of DeepSpeed")
+        raise Refusal(f"{file}: is no model file of DeepSpeed")
     weights = {name: value for name, value in module.items() if isinstance(value, Lying)}
     buffers = {name: value for name, value in weights.items() if name in set(state.get("buffer_names") or ())}
     fragments = {name: value for name, value in weights.items() if name not in buffers}
@@ -614,38 +615,22 @@ def read_plain(folder: Path, models: Mapping[int | None, Path], *, allowed: froz
     return Part(label=str(folder), stage=NO_STAGE, world_size=0, ranks={}, fragments={0: fragments}, model=model)
 
 
-def read_rank(
-    state: Mapping[str, Any], *, file: Path, rank: int, stage: int, model: Model | None, world_size: int
-) -> Rank:
-    """One rank's partitions."""
-    key = "fp32_flat_groups" if stage >= PARTITIONED_STAGE else "single_partition_of_fp32_groups"
-    groups = state.get(key)
-    if not isinstance(groups, list) or not all(isinstance(group, Lying) for group in groups):
-        raise Refusal(f"{file}: has no {key}")
-    paddings = state.get("param_alignment_paddings")
-    swapped = file.parent / "offloaded_tensors" / f"rank{rank:02d}"
-    if stage >= PARTITIONED_STAGE and model is not None and swapped.is_dir():
-        groups = [
-            unswapped(group, folder=swapped, shapes=shapes, world_size=world_size)
-            for group, shapes in zip(groups, model.shapes, strict=False)
-        ]
-    return Rank(
-        label=str(file),
-        groups=tuple(groups),
-        paddings=None if paddings is None else tuple(tuple(map(int, group)) for group in paddings),
-        step=step_of(state),
-    )
-
-
-def unswapped(group: Lying, *, folder: Path, shapes: Mapping[str, Shape], world_size: int) -> Lying:
-    """A partition that was on NVMe when it was saved lies in a file of its own, which may be longer than it."""
-    numel = sum(share(shape, world_size) for shape in shapes.values())
-    file = folder / f"{group.mark}.tensor.swp"
-    if group.numel or not numel:
-        return group
-    if not file.is_file() or file.stat().st_size < numel * group.dtype.size:
-        raise Refusal(f"{file}: is {'torn' if file.exists() else 'missing'}: a partition lies there, off the shard")
-    return Lying(file=file, start=0, dtype=group.dtype, shape=(numel,), strides=(1,))
+def unswapped(held: Rank, *, rank: int, model: Model, world_size: int) -> Rank:
+    """Partitions that were on NVMe when they were saved lie in files of their own, which may be longer than they."""
+    folder = Path(held.label).parent / "offloaded_tensors" / f"rank{rank:02d}"
+    if not folder.is_dir() or len(held.groups) != len(model.shapes):
+        return held
+    groups = []
+    for group, shapes in zip(held.groups, model.shapes, strict=True):
+        numel = sum(share(shape, world_size) for shape in shapes.values())
+        file = folder / f"{group.mark}.tensor.swp"
+        if group.numel or not numel:
+            groups.append(group)
+        elif file.is_file() and file.stat().st_size >= numel * group.dtype.size:
+            groups.append(Lying(file=file, start=0, dtype=group.dtype, shape=(numel,), strides=(1,)))
+        else:
+            raise Refusal(f"{file}: is {'torn' if file.exists() else 'missing'}: a partition lies there, off the shard")
+    return replace(held, groups=tuple(groups))
 
 
 def step_of(state: Mapping[str, Any]) -> float | None:
@@ -667,8 +652,9 @@ def step_of(state: Mapping[str, Any]) -> float | None:
     return None
 
 
-def agree(model: Model, other: Model, *, what: str) -> None:
+def agree(model: Model, other: Model | None, *, what: str) -> None:
     """Model files of one checkpoint differ in nothing but buffers and fragments."""
+    assert other is not None
     for field in ("shapes", "frozen", "steps"):
         if getattr(model, field) != getattr(other, field):
             told = f": step {model.steps} and step {other.steps}" if field == "steps" else f": other {field}"
@@ -890,7 +876,6 @@ def merged(parts: Sequence[Part]) -> Part:
             ranks[rank] = held
     for part in models:
         assert part.model is not None
-        assert models[0].model is not None
         agree(part.model, models[0].model, what=part.label)
         for rank, named in part.fragments.items():
             fragments.setdefault(rank, named)
