@@ -894,23 +894,24 @@ def merged(parts: Sequence[Part]) -> Part:
 
 
 class Shards:
-    """The files that are read from, some of them open."""
+    """The files that are read from, some of them open; `told` hears how many bytes were taken."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[int], None]) -> None:
+        self.told = told
         self.buffer = memoryview(bytearray(CHUNK))
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def chunks(self, stretch: Stretch) -> Iterator[memoryview]:
         """The bytes, through one small buffer: a chunk is gone when the next is asked for."""
-        at, end = stretch.start, stretch.start + stretch.length
-        while at < end:
-            count = os.preadv(self._descriptor(stretch.file), [self.buffer[: end - at]], at)
-            if not count:
-                raise Refusal(f"{stretch.file}: became shorter while it was read")
-            # Whole numbers only, should a read end in the middle of one.
-            count -= count % 8 if at + count < end else 0
-            yield self.buffer[:count]
-            at += count
+        for at in range(0, stretch.length, CHUNK):
+            chunk = self.buffer[: stretch.length - at]
+            filled = 0
+            while filled < len(chunk):
+                count = os.preadv(self._descriptor(stretch.file), [chunk[filled:]], stretch.start + at + filled)
+                if not count:
+                    raise Refusal(f"{stretch.file}: became shorter while it was read")
+                filled += count
+            yield chunk
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._open:
@@ -922,26 +923,33 @@ class Shards:
 
     def bytes_of(self, tensor: Whole, dtype: Dtype) -> Iterator[memoryview]:
         """A tensor's bytes as numbers of `dtype`, each rounded once."""
+        chunks: Iterator[memoryview] = itertools.chain.from_iterable(map(self.chunks, tensor.stretches))
         if tensor.strides is not None:
-            yield self._ordered(tensor, dtype)
-            return
-        for chunk in itertools.chain.from_iterable(map(self.chunks, tensor.stretches)):
-            yield chunk if tensor.dtype == dtype else rounded(chunk, tensor.dtype, dtype)
+            chunks = iter([ordered(bytearray().join(chunks), tensor)])
+        for chunk in chunks:
+            taken = chunk if tensor.dtype == dtype else rounded(chunk, tensor.dtype, dtype)
+            yield taken
+            self.told(len(taken))
 
-    def _ordered(self, tensor: Whole, dtype: Dtype) -> memoryview:
-        """A tensor that does not lie row after row; rare (a transposed buffer) and taken into memory."""
-        import numpy as np  # seldom needed
 
-        spanned = bytearray().join(self.chunks(tensor.stretches[0]))
-        strides = [stride * tensor.dtype.size for stride in tensor.strides or ()]
-        raw = np.ndarray(tensor.shape, dtype=f"V{tensor.dtype.size}", buffer=spanned, strides=strides).tobytes()
-        return memoryview(raw) if tensor.dtype == dtype else rounded(memoryview(raw), tensor.dtype, dtype)
+def ordered(spanned: bytearray, tensor: Whole) -> memoryview:
+    """A tensor that does not lie row after row; rare (a transposed buffer) and taken into memory."""
+    strides = [stride * tensor.dtype.size for stride in tensor.strides or ()]
+    kind = f"V{tensor.dtype.size}"
+    return memoryview(numpy().ndarray(tensor.shape, dtype=kind, buffer=spanned, strides=strides).tobytes())
+
+
+def numpy() -> Any:
+    """Seldom needed, and 10 MiB where torch would be 150."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else it makes a thread per processor, for nothing
+    import numpy  # noqa: ICN001 - this is where the name ends
+
+    return numpy
 
 
 def rounded(raw: memoryview, source: Dtype, target: Dtype) -> memoryview:
     """Numbers of another type: each becomes the nearest one, of two equally near ones the even, as torch does it."""
-    import numpy as np  # seldom needed, and 10 MiB; torch would be 150
-
+    np = numpy()
     kinds = {"F64": "f8", "F32": "f4", "F16": "f2"}
     if source.name == "BF16":
         numbers = (np.frombuffer(raw, "u2").astype("u4") << 16).view("f4")
@@ -1037,9 +1045,7 @@ def write_safetensors(
             put(chunk)
 
 
-def write_bin(
-    raw: BinaryIO, put: Put, tensors: Mapping[str, Whole], *, types: Mapping[str, Dtype], shards: Shards
-) -> None:
+def write_bin(raw: BinaryIO, tensors: Mapping[str, Whole], *, types: Mapping[str, Dtype], shards: Shards) -> None:
     """A file as torch.save writes a dict of tensors: a zip of one pickle and one entry per storage."""
     keys: dict[int, str] = {}
     for tensor in tensors.values():
@@ -1059,7 +1065,6 @@ def write_bin(
             with archive.open(entry, "w", force_zip64=True) as stream:
                 for chunk in shards.bytes_of(tensor, types[name]):
                     stream.write(chunk)
-                    put(chunk)
         archive.writestr(entry_for("archive/version"), "3\n")
 
 
@@ -1236,7 +1241,7 @@ def deliver(part: Part, given: argparse.Namespace, progress: Progress) -> None:
     unique = {id(tensor): tensor for tensor in tensors.values()}
     parameters = sum(tensor.numel for tensor in unique.values() if tensor.parameter)
     written = sum(sizes.values()) if given.format == "safetensors" else total
-    shards = Shards()
+    shards = Shards(progress.add)
     with Landing(given.out_dir) as landing:
         landing.room_for(written)
         progress.begin(
@@ -1246,9 +1251,9 @@ def deliver(part: Part, given: argparse.Namespace, progress: Progress) -> None:
             here = {name: tensors[name] for name in held}
             with landing.file(file) as raw:
                 if given.format == "bin":
-                    write_bin(raw, counted(progress), here, types=types, shards=shards)
+                    write_bin(raw, here, types=types, shards=shards)
                 else:
-                    put = writing(raw.fileno(), progress)
+                    put = writing(raw.fileno())
                     write_safetensors(put, here, types=types, metadata={"format": "pt"}, shards=shards)
         if len(files) > 1:
             index = {
@@ -1280,21 +1285,15 @@ def refuse_beside(out: Path, *, stem: str, suffix: str) -> None:
         raise Refusal(f"{found[0]}: is there already; name another folder, or remove it", code=BAD_INPUT)
 
 
-def writing(descriptor: int, progress: Progress) -> Put:
-    """Bytes into a file, counted."""
+def writing(descriptor: int) -> Put:
+    """Bytes into a file."""
 
     def put(chunk: memoryview) -> None:
         at = 0
         while at < len(chunk):
             at += os.write(descriptor, chunk[at:])
-        progress.add(len(chunk))
 
     return put
-
-
-def counted(progress: Progress) -> Put:
-    """Only counted."""
-    return lambda chunk: progress.add(len(chunk))
 
 
 def export(given: argparse.Namespace, progress: Progress) -> None:
@@ -1324,8 +1323,8 @@ def extract(given: argparse.Namespace, progress: Progress) -> None:
 
     def write(descriptor: int) -> None:
         progress.begin(total, tensors=len(tensors), **told)
-        put = writing(descriptor, progress)
-        write_safetensors(put, tensors, types=types, metadata=metadata, shards=Shards())
+        shards = Shards(progress.add)
+        write_safetensors(writing(descriptor), tensors, types=types, metadata=metadata, shards=shards)
 
     if given.out == Path("-"):
         try:
