@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from cluster.command import Command, Result
 from cluster.container import LABEL_ROLE
-from cluster.errors import CommandError, NodeError
+from cluster.errors import NodeError
 from cluster.fleet import Machine, each
 from launcher import render
-from launcher.session import Session, choose_machines, ours
+from launcher.session import Session, choose_machines, idle_container, ours
 
 
 def down(now: Session) -> Mapping[str, tuple[str, ...]]:
@@ -34,7 +34,7 @@ def run_inside(now: Session, names: tuple[str, ...], argv: tuple[str, ...]) -> M
     """Run a command in the node containers, everywhere or on the named nodes."""
 
     def act(machine: Machine) -> Result:
-        return machine.engine.execute(_idle(now, machine), Command(argv=argv))
+        return machine.engine.execute(idle_container(now, machine), Command(argv=argv))
 
     return each(choose_machines(now, names), act).all_or_raise()
 
@@ -42,13 +42,4 @@ def run_inside(now: Session, names: tuple[str, ...], argv: tuple[str, ...]) -> M
 def shell(now: Session, name: str | None, argv: tuple[str, ...], *, tty: bool) -> int:
     """Put the user inside a node's container."""
     machine = choose_machines(now, (name,) if name else ())[0]
-    return machine.transport.interact(machine.engine.interactive(_idle(now, machine), argv, tty=tty), tty=tty)
-
-
-def _idle(now: Session, machine: Machine) -> str:
-    machine.transport.open()
-    found = machine.engine.find(ours(now, machine, **{LABEL_ROLE: render.ROLE_NODE}))
-    live = [one.id for one in found if one.is_live]
-    if not live:
-        raise CommandError(machine.name, "it is not up", next_step="launcher up")
-    return live[0]
+    return machine.transport.interact(machine.engine.interactive(idle_container(now, machine), argv, tty=tty), tty=tty)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NAME = "launcher"
 ORDER = (
     *("init", "trust", "up", "run", "status", "ls", "logs", "attach", "stop", "exec", "shell", "down"),
+    *("checkpoint", "verify", "gather", "scatter", "export", "universal"),
     *("config", "image", "schema", "completion"),
 )
 
