@@ -160,6 +160,7 @@ JOB = (
     *("--stage", "--offload-optimizer", "--offload-param", "--precision", "--accumulation", "--clipping"),
     *("--ds-config", "--grace", "--env"),
 )
+TAG = "--tag/--step"
 COMMANDS = {
     "init": ("HOSTS", "-o/--output", "--name", "-i/--identity-file", "--yes"),
     "trust": ("CLUSTER", "--yes", "--replace"),
@@ -176,6 +177,12 @@ COMMANDS = {
     "exec": (CLUSTER, "--node", "ARGV"),
     "shell": (CLUSTER, "NODE", "ARGV"),
     "down": (CLUSTER, "NAME"),
+    "checkpoint ls": (CLUSTER, JSON, "RUN"),
+    "checkpoint verify": (CLUSTER, TAG, "--all", "--seal", JSON, "RUN"),
+    "checkpoint gather": (CLUSTER, TAG, "--to", JSON, "RUN"),
+    "checkpoint scatter": (CLUSTER, "--to", JSON, "SOURCE"),
+    "checkpoint export": (CLUSTER, TAG, "--dtype", "--format", "--max-shard-size", "--to", JSON, "RUN"),
+    "checkpoint universal": (CLUSTER, TAG, "--to", JSON, "RUN"),
     "config show": (CLUSTER, *JOB, JSON, "NODE"),
     "image build": (
         *("--flavour", "--base", "--ca-bundle", "--pip-index", "--apt-mirror", "--wheels", "--cuda-architectures"),
