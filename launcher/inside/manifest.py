@@ -202,7 +202,9 @@ def look_at(root: Path, unit: str, *, brief: bool, how: dict[str, Any], pool: Th
             odd.append((entry[0], f"it cannot be read: {error.strerror}"))
             return None
 
-    parts = [part for part in pool.map(one, entries) if part is not None]
+    # Threads are for what is large.
+    each = pool.map if sum(info.st_size for _, info in entries) > PIECE else map
+    parts = [part for part in each(one, entries) if part is not None]
     style, tag, latest = kind_of(root, unit)
     manifests = {name: shorten(text) if brief else text for name, text in manifest_texts(folder)}
     return {
@@ -356,7 +358,7 @@ def open_plain(folder: Path, path: str) -> Any:
 def hash_of(file: Any, *, whole: bool) -> tuple[int, list[str], str, bool]:
     """(bytes, hashes of the pieces, hash of all, whether all are zero) of a file."""
     everything, pieces, length, zeros = hashlib.sha256(), [], 0, True
-    buffer = bytearray(PIECE)
+    buffer = bytearray(min(PIECE, os.fstat(file.fileno()).st_size) or 1)
     while taken := read_full(file, buffer):
         piece = memoryview(buffer)[:taken]
         pieces.append(hashlib.sha256(piece).hexdigest())
