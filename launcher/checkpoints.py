@@ -691,28 +691,44 @@ def export(
     max_shard_size: str,
     clock: Callable[[], float] = time.time,
 ) -> Placed:
-    """Turn a checkpoint into plain weights, where its shards are; the result goes to a node or a folder here.
+    """Turn a ZeRO checkpoint into plain weights, where its shards are; the result goes to a node or a folder here.
 
-    Where no node has all shards they are gathered first, on the node where that moves the fewest bytes.
+    Where no node has all shards, each makes an extract of its own (a third of their bytes at most, and what does not
+    interest is left out), and these are put together on the node that has the most, or on the one that is named.
+    The shards are read and verified first.
     """
     began = clock()
     at = places(now)
-    one, notes = choose(now, at, run=run, tag=tag)
+    chosen, notes = choose(now, at, run=run, tag=tag)
+    one = _in_full(at, chosen, read=True)
     if one.fatal:
         raise broken(one.unit, one.fatal)
+    if shards.read_layout(part.path for listing in one.listings for part in listing.parts).stage is None:
+        raise InputError(
+            f"{one.unit} was written without DeepSpeed: its weights are plain already",
+            next_step="launcher checkpoint gather",
+        )
     target = destination(at, to)
-    place, unit, said = _whole_somewhere(now, at, one, prefer=target, clock=clock)
     goal = f"{EXPORTED}/{one.unit}-{dtype}"
     options = ("--dtype", dtype, "--format", form, "--max-shard-size", max_shard_size)
-    tags = () if one.style == "accelerate" else ("--tag", one.tag)
-    folder = unit if one.style == "accelerate" else posixpath.dirname(unit)
-    carry.convert(place, goal, "export.py", folder, (*options, *tags))
-    result = carry.arriving(place, goal)
+    alone = _who_has_all_shards(one, prefer=target.name)
+    by_name = {place.name: place for place in at}
+    extracted = 0
+    if alone is not None:
+        place = by_name[alone.place]
+        said = f"{place.name} has all shards of {one.unit}: converted there"
+        carry.make_ready(place, goal, ())
+        carry.export(place, shard_folder(alone), carry.partial(goal), "--tag", one.tag, *options)
+    else:
+        place = target if target.name in by_name else by_name[max(one.parts, key=lambda part: part.bytes).place]
+        extracted = _assemble(now, at, one, place, goal, dtype=dtype, options=options)
+        said = f"extracted on every node and put together on {place.name}: {extracted:,} bytes travelled for it"
+    result = replace(carry.arriving(place, goal), place=place.name)
+    sent = extracted
     if place == target:
         carry.show(place, goal, carry.as_wanted(result), texts={}, beside={})
-        sent = 0
     else:
-        sent = _hand_over(now, place, target, goal, result)
+        sent += _hand_over(now, place, target, goal, result)
     return _placed(
         now,
         how="exported",
@@ -722,9 +738,62 @@ def export(
         size=result.bytes,
         sent=sent,
         began=began,
-        notes=(*notes, *said),
+        notes=(*notes, said),
         clock=clock,
     )
+
+
+def shard_folder(listing: Listing) -> str:
+    """The folder in which DeepSpeed finds the tag."""
+    return listing.unit if listing.style == "accelerate" else posixpath.dirname(listing.unit)
+
+
+def _who_has_all_shards(one: Kept, *, prefer: str) -> Listing | None:
+    """A listing with every file that DeepSpeed needs, of the preferred place if it can be."""
+    needed = {(part.path, part.pieces) for part in _all_shards(one)}
+    have = [
+        listing
+        for listing in (*one.parts, *one.copies)
+        if needed <= {(part.path, part.pieces) for part in listing.parts}
+    ]
+    return next((listing for listing in have if listing.place == prefer), have[0] if have else None)
+
+
+def _all_shards(one: Kept) -> list[shards.Part]:
+    return [
+        part
+        for manifest in shards.manifests_of(one.listings)
+        for part in manifest.parts
+        if shards.is_shard(part.path) and not posixpath.basename(part.path).startswith("random_states_")
+    ]
+
+
+def _assemble(
+    now: Session, at: Sequence[Place], one: Kept, place: Place, goal: str, *, dtype: str, options: tuple[str, ...]
+) -> int:
+    """Let every node extract what it has, bring that to one, and put it together there; the bytes that travelled."""
+    extracts = f"{goal}-extracts"
+    listings = {part.place: part for part in one.parts if any(shards.is_shard(file.path) for file in part.parts)}
+    makers = [maker for maker in at if maker.name in listings]
+
+    def extract(maker: Place) -> Listing:
+        carry.make_ready(maker, extracts, ())
+        file = f"{carry.partial(extracts)}/{maker.name}.safetensors"
+        folder = shard_folder(listings[maker.name])
+        carry.export(maker, "extract", folder, "--out", file, "--tag", one.tag, "--dtype", dtype)
+        return replace(carry.arriving(maker, extracts), place=maker.name)
+
+    try:
+        made = each(makers, extract).all_or_raise()
+        wanted = [file for listing in made.values() for file in carry.as_wanted(listing)]
+        routes = {maker.name: (maker, made[maker.name].unit) for maker in makers}
+        sent = deliver(now, routes, (place,), extracts, wanted, piece=shards.PIECE)[place.name]
+        files = [f"{carry.partial(extracts)}/{file.path}" for file in wanted]
+        carry.make_ready(place, goal, ())
+        carry.export(place, "assemble", *files, carry.partial(goal), *options)
+        return sent
+    finally:
+        each([*makers, place], lambda one_: carry.drop(one_, extracts))
 
 
 def _hand_over(now: Session, place: Place, target: Place, goal: str, result: Listing) -> int:
@@ -768,8 +837,8 @@ def universal(
     place, unit, said = _whole_somewhere(now, at, one, prefer=prefer, clock=clock)
     name = f"{one.unit}-universal"
     goal = f"{shards.GATHERED}/{name}"
-    shard_folder = one.tag if one.style == "accelerate" else ""
-    carry.convert(place, goal, "universal", unit, (shard_folder,))
+    carry.make_ready(place, goal, ())
+    carry.make_universal(place, unit, carry.partial(goal), shards=one.tag if one.style == "accelerate" else "")
     result = replace(carry.arriving(place, goal, whole=True), place=place.name, unit=goal, style=one.style)
     new_tag = one.tag if one.style == "accelerate" else posixpath.basename(name)
     manifest = replace(

@@ -20,7 +20,7 @@ from typing import Any
 
 from cluster.command import Command, Result
 from cluster.engine import Engine
-from cluster.errors import CommandError, NodeError
+from cluster.errors import CommandError, IntegrityError, NodeError
 from cluster.fleet import Machine, each
 from cluster.local import LocalTransport
 from cluster.transport import Transport
@@ -72,6 +72,7 @@ def place_here(folder: Path) -> Place:
 
 @functools.cache
 def _source(name: str) -> str:
+    """The text of a program of `inside/`."""
     return (_INSIDE / name).read_text(encoding="utf-8")
 
 
@@ -266,8 +267,7 @@ def drop(place: Place, unit: str) -> None:
 
 def arriving(place: Place, unit: str, *, whole: bool = False) -> Listing:
     """What has been put where a unit arrives, and has no name yet; read in full."""
-    folder, _, name = unit.rpartition("/")
-    found = hash_units(place, [f"{folder}/{PARTIAL}{name}"], whole=whole)
+    found = hash_units(place, [partial(unit)], whole=whole)
     if not found:
         raise CommandError(place.name, f"nothing was made of {unit}")
     return found[0]
@@ -281,39 +281,44 @@ def as_wanted(listing: Listing) -> tuple[Wanted, ...]:
     )
 
 
-# $1 the unit, $2 where the result shall lie; both below the checkpoints folder. The rest is the converter's.
-_EXPORT = """
-cd -- "$LAUNCHER_CHECKPOINTS" || exit
-from=$1; to=$2; shift 2
-exec nice python3 - "$from" "$to" "$@"
-"""
-# $3 the folder of the shards in the unit. What belongs to no shard is taken as it is.
+def partial(unit: str) -> str:
+    """Where a unit arrives before it has its name, below the same checkpoints folder."""
+    folder, _, name = unit.rpartition("/")
+    return f"{folder}/{PARTIAL}{name}" if folder else PARTIAL + name
+
+
+# Whatever is made of a checkpoint is made in the checkpoints folder, so that places in it are relative paths.
+_THERE = 'cd -- "$LAUNCHER_CHECKPOINTS" && exec nice "$@"'
+# $1 the unit, $2 where the result shall lie, $3 the folder of the shards in both. What is no shard is taken as it is.
 _UNIVERSAL = """
-cd -- "$LAUNCHER_CHECKPOINTS" || exit
 from=$1; to=$2; shards=$3
-nice python3 -m deepspeed.checkpoint.ds_to_universal --inject_missing_state \
+python3 -m deepspeed.checkpoint.ds_to_universal --inject_missing_state \
     --input_folder "$from${shards:+/$shards}" --output_folder "$to${shards:+/$shards}" \
     --num_extract_workers 2 --num_merge_workers 1 || exit
 [ -z "$shards" ] || find "$from" -maxdepth 1 -type f ! -name 'latest*' ! -name '.launcher-*' -exec cp -- {} "$to/" ';'
 """
 
 
-def convert(place: Place, unit: str, how: str, source: str, arguments: Sequence[str]) -> None:
-    """Make something of a checkpoint at a place that has all of it; the result lies where `unit` arrives.
+def export(place: Place, *arguments: str) -> None:
+    """Run the converter, `inside/export.py`, on a node; paths are those below its checkpoints folder."""
+    _make(place, ("python3", "-", *arguments), stdin=_source("export.py").encode())
 
-    `how` is "universal", or the name of a program of `inside/` that is given the checkpoint's and the result's folder.
-    """
-    if place.engine is None:
-        raise CommandError(place.name, "nothing can be converted here", next_step="name a node with --to")
-    _ask(place, "ready", unit, {})
-    folder, _, name = unit.rpartition("/")
-    script, stdin = (_UNIVERSAL, "") if how == "universal" else (_EXPORT, _source(how))
-    argv = ("sh", "-c", script, "sh", source, f"{folder}/{PARTIAL}{name}", *arguments)
-    command = replace(place.engine.interactive(place.container, argv, tty=False), stdin=stdin.encode())
-    said = place.ask(command)
-    if not said.ok:
-        drop(place, unit)
-        raise CommandError(place.name, f"{source} could not be converted", detail=said.tail(8))
+
+def make_universal(place: Place, unit: str, to: str, *, shards: str) -> None:
+    """Run DeepSpeed's own `ds_to_universal` on a node."""
+    _make(place, ("sh", "-c", _UNIVERSAL, "sh", unit, to, shards))
+
+
+def _make(place: Place, argv: Sequence[str], *, stdin: bytes = b"") -> None:
+    assert place.engine is not None
+    inside = ("sh", "-c", _THERE, "sh", *argv)
+    said = place.ask(replace(place.engine.interactive(place.container, inside, tty=False), stdin=stdin))
+    if said.ok:
+        return
+    what = next(iter(said.tail(1)), "it ended without a word")
+    if said.code == IntegrityError.exit_code:
+        raise IntegrityError(what, where=f"node {place.name}", next_step="launcher checkpoint verify")
+    raise CommandError(place.name, f"the checkpoint could not be converted: {what}", detail=said.tail(8)[:-1])
 
 
 def _ask(place: Place, verb: str, unit: str, asked: Mapping[str, object]) -> dict[str, Any]:
