@@ -100,22 +100,33 @@ def be_beside(run: dict[str, Any], *, root: Path, since: float, once: bool) -> i
         looked = time.monotonic()
         for unit in find_units(root):
             with contextlib.suppress(OSError, ValueError):
-                settle(root, unit, run=run, since=since, seen=None if once else seen)
+                settle(root, unit, run=run, since=since, seen=None if once else seen, moment=time.monotonic())
         if once:
             return 0
         time.sleep(max(EVERY, PATIENT * (time.monotonic() - looked)))
 
 
-def settle(root: Path, unit: str, *, run: dict[str, Any], since: float, seen: dict[str, Seen] | None) -> None:
-    """Seal a unit if it is this run's, whole here, and quiet; `seen` holds since when each has looked as it does."""
+def settle(
+    root: Path,
+    unit: str,
+    *,
+    run: dict[str, Any],
+    since: float,
+    seen: dict[str, Seen] | None = None,
+    moment: float = 0.0,
+) -> None:
+    """Seal a unit if it is this run's, whole here, and quiet.
+
+    `seen` holds since which `moment` each has looked as it does; None: nobody writes any more.
+    """
     entries, odd = files_of(root / unit)
     now = tuple((path, info.st_size, info.st_mtime_ns) for path, info in entries)
     if seen is not None:
         before = seen.get(unit)
         if before is None or before[0] != now:
-            seen[unit] = (now, time.monotonic())
+            seen[unit] = (now, moment)
             return
-        if time.monotonic() - before[1] < QUIET:
+        if moment - before[1] < QUIET:
             return
     if odd or max((info.st_mtime for _, info in entries), default=0.0) < since - CLOCKS:
         return
