@@ -117,11 +117,13 @@ def _kept(unit: str, listings: Iterable[Listing]) -> Kept:
     return Kept(unit=unit, parts=parts, copies=copies, flaws=min(judged, key=len))
 
 
-def choose(now: Session, at: Sequence[Place], *, run: str | None, tag: str | None) -> tuple[Kept, tuple[str, ...]]:
+def choose(
+    now: Session, at: Sequence[Place], *, run: str | None, tag: str | None, read: bool = False
+) -> tuple[Kept, tuple[str, ...]]:
     """The checkpoint that is meant, with all that its manifests say; and why it is not the newest, where it is not.
 
     With a `tag` that one, whatever is wrong with it. Else the newest that verifies as far as names, sizes, steps and
-    manifests tell; IntegrityError when there is none.
+    manifests tell, and with `read` by every byte; IntegrityError when there is none.
     """
     named = _of_newest_run(now, kept(at, run), run)
     if tag is not None:
@@ -129,7 +131,7 @@ def choose(now: Session, at: Sequence[Place], *, run: str | None, tag: str | Non
         if not meant:
             names = ", ".join(posixpath.basename(one.unit) for one in named[-8:])
             raise InputError(f"there is no checkpoint {tag!r}", next_step=f"the newest are: {names}")
-        return _in_full(at, meant[-1]), ()
+        return _in_full(at, meant[-1], read=read), ()
     latest = {posixpath.dirname(one.unit): listing.latest for one in named for listing in one.parts if listing.latest}
     known = {one.unit: one for one in named if not one.is_universal}
     while True:
@@ -142,7 +144,7 @@ def choose(now: Session, at: Sequence[Place], *, run: str | None, tag: str | Non
         choice = shards.choose_unit(candidates, latest=latest)
         if choice is None:
             raise _nothing_whole(tuple(known.values()))
-        full = _in_full(at, known[choice.unit])
+        full = _in_full(at, known[choice.unit], read=read)
         if not full.fatal:
             mended = tuple(f"{full.unit}/{flaw.path}: {flaw.what}" for flaw in full.flaws)
             return full, (*choice.why, *mended)
@@ -333,10 +335,8 @@ def newest_verified(now: Session, *, run: str | None = None, read: bool = False)
     if not kept(at, run):
         return None
     try:
-        one, why = choose(now, at, run=run, tag=None)
+        one, why = choose(now, at, run=run, tag=None, read=read)
     except IntegrityError:
-        return None
-    if read and any(map(shards.is_fatal, _in_full(at, one, read=True).flaws)):
         return None
     manifests = shards.manifests_of(one.listings)
     return Newest(
@@ -699,8 +699,7 @@ def export(
     """
     began = clock()
     at = places(now)
-    chosen, notes = choose(now, at, run=run, tag=tag)
-    one = _in_full(at, chosen, read=True)
+    one, notes = choose(now, at, run=run, tag=tag, read=True)
     if one.fatal:
         raise broken(one.unit, one.fatal)
     if shards.read_layout(part.path for listing in one.listings for part in listing.parts).stage is None:

@@ -39,6 +39,7 @@ PIECE = 8 * 1024 * 1024
 PARTIAL = ".launcher-partial-"
 OLD = ".launcher-old-"
 STALLED = 300.0  # seconds in which nobody takes what is read: the other side is gone
+LONGEST_PATH = 1024
 LONGEST_LINE = 256 * 1024 * 1024
 LARGEST_PIECE = 1024 * 1024 * 1024
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -279,10 +280,18 @@ def exchange(parent: int, new: str, name: str) -> None:
 
 
 def drop(root: str, unit: str) -> dict[str, Any]:
-    """Remove what was never shown."""
+    """Remove what was never shown, and the folders that were made for it."""
     above, name = split(unit)
     with contextlib.suppress(FileNotFoundError), folder(root, above) as parent:
         erase(parent, PARTIAL + name)
+    names = above.split("/") if above else []
+    while names:
+        with contextlib.suppress(FileNotFoundError), folder(root, "/".join(names[:-1])) as parent:
+            try:
+                os.rmdir(names[-1], dir_fd=parent)
+            except OSError:  # not empty: it is needed
+                break
+        names.pop()
     return {"dropped": unit}
 
 
@@ -308,7 +317,7 @@ def erase(parent: int, name: str) -> None:
 def check(path: str) -> list[str]:
     """The names of a path that stays where it is."""
     names = path.split("/")
-    if any(name in ("", ".", "..") or "\0" in name for name in names):
+    if len(path) > LONGEST_PATH or any(name in ("", ".", "..") or "\0" in name for name in names):
         raise Refused(f"the path {path!r} leads out of its folder")
     return names
 

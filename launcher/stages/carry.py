@@ -1,8 +1,8 @@
 """Carry: what places hold of checkpoints, and pieces of them from one place to others; verified on arrival.
 
 A place is a node (its programs run in the idle container, as the node's user, which sees the node's own checkpoints
-folder), or a folder on this machine. Nothing is installed: each program travels as an argument (`inside/manifest.py`,
-`inside/carry.py`), and nothing of it stays. Between two nodes the bytes flow through this machine, without a key of one
+folder), or a folder on this machine. Nothing is installed: each program (`inside/manifest.py`, `inside/carry.py`) comes
+on the standard input of the Python that runs it, and nothing of it stays. Between two nodes the bytes flow through this machine, without a key of one
 on the other; many destinations are fed from one reading.
 """
 
@@ -29,6 +29,8 @@ from launcher.shards import Listing, Piece, Wanted, read_listings
 HERE = "this machine"
 _SLACK = 32  # chunks that one destination may lag behind the source
 PARTIAL = ".launcher-partial-"  # before the name of what is not whole yet, as in inside/carry.py
+# Run by a Python: takes so many bytes of its input as a program, and leaves it the rest.
+_BEGIN = "import sys; exec(compile(sys.stdin.buffer.read(int(sys.argv.pop(1))), 'launcher', 'exec'))"
 _INSIDE = Path(__file__).parents[1] / "inside"
 
 Progress = Callable[[int], None]  # bytes that were just taken
@@ -45,9 +47,10 @@ class Place:
     folder: str | None = None
 
     def program(self, name: str, *arguments: str, stdin: bytes = b"") -> Command:
-        """A program of `inside/`, to be run there."""
+        """A program of `inside/`, to be run there; its text stands before its own input."""
         below = ("--below", self.folder) if self.folder else ()
-        return self.python("-c", _source(name), *arguments, *below, stdin=stdin)
+        text = _source(name)
+        return self.python("-c", _BEGIN, str(len(text)), *arguments, *below, stdin=text + stdin)
 
     def python(self, *arguments: str, stdin: bytes = b"") -> Command:
         """Python, to be run there."""
@@ -71,9 +74,9 @@ def place_here(folder: Path) -> Place:
 
 
 @functools.cache
-def _source(name: str) -> str:
+def _source(name: str) -> bytes:
     """The text of a program of `inside/`."""
-    return (_INSIDE / name).read_text(encoding="utf-8")
+    return (_INSIDE / name).read_bytes()
 
 
 # --- what there is -------------------------------------------------------------------------------------------------
@@ -166,14 +169,16 @@ def _stream(
     def take(target: Place) -> tuple[tuple[str, int], ...]:
         pipe = pipes[target.name]
 
+        command = target.program("carry.py", "write", to, stdin=head)
+
         def chunks() -> Iterator[bytes]:
-            yield head
+            yield command.stdin
             for chunk in pipe:
                 yield chunk
                 progress(len(chunk))
 
         try:
-            said = target.transport.send(target.program("carry.py", "write", to), chunks())
+            said = target.transport.send(command, chunks())
         finally:
             pipe.leave()
         return _bad(_answer(target, said))
@@ -301,7 +306,7 @@ python3 -m deepspeed.checkpoint.ds_to_universal --inject_missing_state \
 
 def export(place: Place, *arguments: str) -> None:
     """Run the converter, `inside/export.py`, on a node; paths are those below its checkpoints folder."""
-    _make(place, ("python3", "-", *arguments), stdin=_source("export.py").encode())
+    _make(place, ("python3", "-", *arguments), stdin=_source("export.py"))
 
 
 def make_universal(place: Place, unit: str, to: str, *, shards: str) -> None:
