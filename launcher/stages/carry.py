@@ -2,8 +2,8 @@
 
 A place is a node (its programs run in the idle container, as the node's user, which sees the node's own checkpoints
 folder), or a folder on this machine. Nothing is installed: each program (`inside/manifest.py`, `inside/carry.py`) comes
-on the standard input of the Python that runs it, and nothing of it stays. Between two nodes the bytes flow through this machine, without a key of one
-on the other; many destinations are fed from one reading.
+on the standard input of the Python that runs it, and nothing of it stays. Between two nodes the bytes flow through this
+machine, without a key of one on the other; many destinations are fed from one reading.
 """
 
 from __future__ import annotations

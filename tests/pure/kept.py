@@ -167,6 +167,7 @@ class Scene:
 
     cluster: Cluster
     unit: str
+    stranger: str | None = None  # the same of another run
 
     def folder(self, node: str, unit: str | None = None) -> Path:
         return self.cluster.of(node) / (unit or self.unit)
@@ -257,8 +258,10 @@ def other_step(scene: Scene, dice: random.Random) -> Damage:
 
 def other_run(scene: Scene, dice: random.Random) -> Damage:
     """A shard of another run in the place of this one's."""
+    if scene.stranger is None:
+        return other_step(scene, dice)
     node, path, file = shard(scene, dice)
-    shutil.copy(scene.folder(node, f"{OTHER_RUN}/{Path(scene.unit).name}") / path, file)
+    shutil.copy(scene.folder(node, scene.stranger) / path, file)
     return Damage(node, path, ("foreign",))
 
 
@@ -287,11 +290,11 @@ def whole_node(scene: Scene, dice: random.Random) -> Damage:
     """All of a node's part, with its manifest, of another step or another run."""
     node = dice.choice(scene.cluster.names)
     run, name = scene.unit.split("/")
-    steps = [one.name for one in sorted((scene.cluster.of(node) / run).iterdir()) if one.name != name]
-    unit = dice.choice([f"{OTHER_RUN}/{name}", *(f"{run}/{step}" for step in steps)])
+    steps = [one.name for one in sorted((scene.cluster.of(node) / run).glob("step-*")) if one.name != name]
+    unit = dice.choice([*([scene.stranger] if scene.stranger else []), *(f"{run}/{step}" for step in steps)])
     shutil.rmtree(scene.folder(node))
     shutil.copytree(scene.folder(node, unit), scene.folder(node))
-    kind = "foreign" if unit.startswith(OTHER_RUN) else "mixed"
+    kind = "foreign" if unit == scene.stranger else "mixed"
     return Damage(node, shards.manifest_name(node), (kind,))
 
 
@@ -324,10 +327,32 @@ def lose_node(scene: Scene, dice: random.Random) -> Damage:
     return Damage("", "", ("missing",))
 
 
+def thousandth(scene: Scene, seed: int) -> Damage:
+    """Damage number `seed`, always the same."""
+    dice = random.Random(seed)  # noqa: S311
+    return MUTATIONS[seed % len(MUTATIONS)](scene, dice)
+
+
 MUTATIONS: tuple[Mutation, ...] = (
     *(flip, flip, truncate, zero, zero_some, remove, append, add, other_step, other_run, swap, whole_node),
     *(lose_manifest, spoil_manifest, link, lose_node),
 )
+
+
+def unseen(scene: Scene, pristine: Path, seeds: range) -> list[tuple[int, Damage, tuple[Flaw, ...]]]:
+    """The mutations of these seeds that are not caught, or not named; everything is as it was after each."""
+    nodes = scene.cluster.names
+    known = shards.contents(one for node in nodes for one in look(scene.cluster.of(node), node, read=False))
+    missed = []
+    for seed in seeds:
+        damage = thousandth(scene, seed)
+        flaws = scene.cluster.judge(scene.unit, elsewhere=known)
+        if not cast(flaws, damage) or not any(map(shards.is_fatal, flaws)):
+            missed.append((seed, damage, flaws))
+        for node in nodes:
+            shutil.rmtree(scene.folder(node), ignore_errors=True)
+            shutil.copytree(pristine / node / scene.unit, scene.folder(node))
+    return missed
 
 
 def cast(flaws: Sequence[Flaw], damage: Damage) -> list[Flaw]:
