@@ -10,17 +10,15 @@ import posixpath
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from threading import Lock
 
-from cluster.errors import InputError, IntegrityError, NodeError, PreconditionError
+from cluster.errors import InputError, IntegrityError, NodeError
 from cluster.fleet import each
 from launcher import shards
 from launcher.events import CheckpointPlaced, CheckpointVerified, Event
-from launcher.session import Session, choose_machines, idle_container, showing
-from launcher.shards import Candidate, Flaw, Listing, Piece, Wanted
+from launcher.session import LOOK_DEADLINE, Session, choose_machines, idle_container
+from launcher.shards import Candidate, Flaw, Listing
 from launcher.stages import carry
-from launcher.stages.carry import HERE, Place
+from launcher.stages.carry import Place
 
 ROUNDS = 4  # looks at what has arrived: lines drop
 EXPORTED = "exported"  # below a checkpoints folder: converted weights
@@ -94,6 +92,13 @@ def places(now: Session, names: tuple[str, ...] = ()) -> tuple[Place, ...]:
     return tuple(carry.place_of(machine, containers[machine.name]) for machine in machines)
 
 
+def reached(now: Session) -> tuple[tuple[Place, ...], Mapping[str, NodeError]]:
+    """The nodes that answer and are up, as places; and what is wrong with the others."""
+    containers = each(now.machines, lambda machine: idle_container(now, machine), deadline=LOOK_DEADLINE)
+    found = (carry.place_of(one, containers.good[one.name]) for one in now.machines if one.name in containers.good)
+    return tuple(found), containers.bad
+
+
 def kept(at: Sequence[Place], run: str | None = None) -> tuple[Kept, ...]:
     """Every checkpoint (of one run), the oldest first; judged by names, sizes and manifests alone."""
     found = each(at, lambda place: carry.list_units(place, brief=True)).all_or_raise()
@@ -113,7 +118,7 @@ def _kept(unit: str, listings: Iterable[Listing]) -> Kept:
     mine = [one for one in listings if shards.origin(one.unit) == unit]
     parts = tuple(one for one in mine if one.unit == unit)
     copies = tuple(one for one in mine if one.unit != unit)
-    judged = (shards.judge(shards.manifests_of(parts), parts),) if parts else tuple(map(_judge_copy, copies))
+    judged = (shards.judge(shards.manifests_of(parts), parts),) if parts else tuple(map(shards.judge_copy, copies))
     return Kept(unit=unit, parts=parts, copies=copies, flaws=min(judged, key=len))
 
 
@@ -131,7 +136,7 @@ def choose(
         if not meant:
             names = ", ".join(posixpath.basename(one.unit) for one in named[-8:])
             raise InputError(f"there is no checkpoint {tag!r}", next_step=f"the newest are: {names}")
-        return _in_full(at, meant[-1], read=read), ()
+        return in_full(at, meant[-1], read=read), ()
     latest = {posixpath.dirname(one.unit): listing.latest for one in named for listing in one.parts if listing.latest}
     known = {one.unit: one for one in named if not one.is_universal}
     while True:
@@ -144,7 +149,7 @@ def choose(
         choice = shards.choose_unit(candidates, latest=latest)
         if choice is None:
             raise _nothing_whole(tuple(known.values()))
-        full = _in_full(at, known[choice.unit], read=read)
+        full = in_full(at, known[choice.unit], read=read)
         if not full.fatal:
             mended = tuple(f"{full.unit}/{flaw.path}: {flaw.what}" for flaw in full.flaws)
             return full, (*choice.why, *mended)
@@ -183,7 +188,7 @@ def _cure(unit: str, flaws: Sequence[Flaw]) -> str:
     return "launcher checkpoint ls shows the others"
 
 
-def _in_full(at: Sequence[Place], one: Kept, *, read: bool = False, whole: bool = False) -> Kept:
+def in_full(at: Sequence[Place], one: Kept, *, read: bool = False, whole: bool = False) -> Kept:
     """The same with every hash of its manifests; with `read` also those of the files as they are now."""
 
     def ask(place: Place) -> tuple[Listing, ...]:
@@ -260,15 +265,15 @@ def _verify(
     seal: bool,
     clock: Callable[[], float],
 ) -> Verified:
-    full = _in_full(at, one, read=True, whole=seal)
+    full = in_full(at, one, read=True, whole=seal)
     sealed: tuple[str, ...] = ()
     if seal:
         full, sealed = _seal(at, full, clock=clock)
     flaws = shards.judge(shards.manifests_of(full.parts), full.parts, elsewhere=elsewhere) if full.parts else ()
-    copies = {copy.place: shards.judge(copy.manifests, (copy,), elsewhere=elsewhere) for copy in full.copies}
+    copies = {copy.place: shards.judge_copy(copy, elsewhere=elsewhere) for copy in full.copies}
     names = tuple(listing.place for listing in full.listings)
     all_flaws = (*flaws, *(flaw for found in copies.values() for flaw in found))
-    _remember(
+    remember(
         now,
         CheckpointVerified(
             time=clock(), unit=one.unit, nodes=names, bytes=full.bytes, flaws=tuple(map(str, all_flaws))
@@ -302,7 +307,7 @@ def _seal(at: Sequence[Place], full: Kept, *, clock: Callable[[], float]) -> tup
     return _kept(full.unit, (*parts, *full.copies)), tuple(made)
 
 
-def _remember(now: Session, event: CheckpointVerified | CheckpointPlaced) -> None:
+def remember(now: Session, event: CheckpointVerified | CheckpointPlaced) -> None:
     """Write it into the run's record, where there is one here."""
     record = now.memory.run(shards.run_of(event.unit))
     if record.folder.is_dir():
@@ -349,567 +354,3 @@ def newest_verified(now: Session, *, run: str | None = None, read: bool = False)
         copies=tuple(copy.place for copy in one.copies),
         why=why,
     )
-
-
-# --- to one place, and from one to all -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
-    """A whole checkpoint in one place: `folder` below its checkpoints folder; `sent` of its `bytes` had to travel."""
-
-    unit: str
-    place: str
-    folder: str
-    bytes: int
-    sent: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-
-def gather(
-    now: Session, *, run: str | None = None, tag: str | None = None, to: str, clock: Callable[[], float] = time.time
-) -> Placed:
-    """Bring every node's part of a checkpoint to one place: a node's name, or a folder on this machine.
-
-    What verifies by its manifests is taken; every piece is hashed on arrival and all of it once more before it gets
-    its name. IntegrityError names what is not whole; nothing is shown then, and an earlier copy stays as it is.
-    """
-    at = places(now)
-    one, notes = choose(now, at, run=run, tag=tag)
-    if one.fatal:
-        raise broken(one.unit, one.fatal)
-    target = destination(at, to)
-    return gather_to(now, at, one, target, notes=notes, clock=clock)
-
-
-def destination(at: Sequence[Place], to: str) -> Place:
-    """The place that a user names: a node, or else a folder here, which is made."""
-    node = next((place for place in at if place.name == to), None)
-    if node is not None:
-        return node
-    folder = Path(to).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"this is neither a node nor a folder that can be used: {error.strerror}",
-            where=to,
-            next_step=f"the nodes are: {', '.join(place.name for place in at)}",
-        ) from None
-    return carry.place_here(folder.resolve())
-
-
-def gather_to(
-    now: Session,
-    at: Sequence[Place],
-    one: Kept,
-    target: Place,
-    *,
-    notes: tuple[str, ...] = (),
-    clock: Callable[[], float] = time.time,
-) -> Placed:
-    """The same for a checkpoint that was chosen, with its manifests in full."""
-    began = clock()
-    sources = one.listings
-    manifests = shards.manifests_of(sources)
-    wanted = shards.wanted_files(manifests, sources)
-    folder = f"{shards.GATHERED}/{one.unit}"
-    texts = dict(text for listing in sources for text in listing.texts)
-    inside, beside = _latest(one)
-    by_name = {place.name: place for place in at}
-    routes = {listing.place: (by_name[listing.place], listing.unit) for listing in sources}
-    sent = 0
-    if not _is_there(target, folder, wanted):
-        sent = deliver(now, routes, (target,), folder, wanted, piece=manifests[0].piece)[target.name]
-        carry.show(target, folder, wanted, texts={**texts, **inside}, beside=beside)
-    size = sum(file.bytes for file in wanted)
-    how = "gathered"
-    return _placed(
-        now,
-        how=how,
-        unit=one.unit,
-        at=target,
-        folder=folder,
-        size=size,
-        sent=sent,
-        began=began,
-        notes=notes,
-        clock=clock,
-    )
-
-
-def where(place: Place, folder: str) -> str:
-    """A folder as its user would name it: absolute here, below the checkpoints folder on a node."""
-    return f"{place.folder}/{folder}" if place.folder else folder
-
-
-def _latest(one: Kept) -> tuple[dict[str, str], dict[str, str]]:
-    """The file `latest` as it must be: (in the unit, beside the unit)."""
-    if one.style == "accelerate":
-        said = next((listing.latest for listing in one.listings if listing.latest), one.tag)
-        tag = said if not any(flaw.kind == "latest" for flaw in one.flaws) else one.tag
-        return {"latest": tag}, {}
-    return {}, {"latest": one.tag} if one.style == "deepspeed" else {}
-
-
-def _is_there(target: Place, folder: str, wanted: Sequence[Wanted]) -> bool:
-    """Whether exactly this is there already, by its bytes."""
-    there = carry.hash_units(target, [folder])
-    if not there:
-        return False
-    found = {part.path: part.pieces for part in there[0].parts}
-    return found == {one.path: one.pieces for one in wanted} and not there[0].odd and bool(there[0].manifests)
-
-
-def deliver(
-    now: Session,
-    routes: Mapping[str, tuple[Place, str]],
-    targets: Sequence[Place],
-    folder: str,
-    wanted: Sequence[Wanted],
-    *,
-    piece: int,
-) -> dict[str, int]:
-    """Bring all these files to `folder` at every target, from the places that hold them; the bytes that each took.
-
-    `routes` says for each holder its place and the unit there. All holders send at once. After a line dropped it goes
-    on with what is lacking; what has arrived counts, from an earlier command too.
-    """
-    sent = dict.fromkeys((target.name for target in targets), 0)
-    suspects: set[tuple[str, str, int]] = set()
-    failed: dict[str, NodeError] = {}
-    with showing(now.voice):
-        for _ in range(ROUNDS):
-            ready = each(targets, lambda place: carry.make_ready(place, folder, wanted)).all_or_raise()
-            missing = {target.name: shards.lacking(wanted, ready[target.name].have, piece=piece) for target in targets}
-            if not any(missing.values()):
-                return sent
-            for target in targets:
-                _check_room(target, missing[target.name], free=ready[target.name].free)
-            meter = _Meter(now, sent, missing)
-            bad, failed = _round(routes, targets, folder, missing, meter)
-            if again := suspects & bad:
-                raise _damaged(again, {name: unit for name, (_, unit) in routes.items()})
-            suspects |= bad
-    if failed:
-        first = next(iter(failed.values()))
-        first.next_step = first.next_step or "the same command goes on from where it was"
-        raise first
-    raise _damaged(suspects, {name: unit for name, (_, unit) in routes.items()})
-
-
-def _check_room(target: Place, missing: Sequence[tuple[Wanted, tuple[Piece, ...]]], *, free: int) -> None:
-    needed = sum(piece.length for _, pieces in missing for piece in pieces)
-    if needed > free:
-        raise PreconditionError(
-            f"there is no room for it: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
-            where=target.folder or f"node {target.name}",
-            next_step="free some space there, or name another place; what was there stays as it is",
-        )
-
-
-def _round(
-    routes: Mapping[str, tuple[Place, str]],
-    targets: Sequence[Place],
-    folder: str,
-    missing: Mapping[str, tuple[tuple[Wanted, tuple[Piece, ...]], ...]],
-    meter: _Meter,
-) -> tuple[set[tuple[str, str, int]], dict[str, NodeError]]:
-    """Send everything once; gives back what came damaged (holder, path, offset), and who failed."""
-    # Targets that lack the same are fed from one reading.
-    groups: dict[tuple[tuple[str, tuple[Piece, ...]], ...], list[Place]] = {}
-    for target in targets:
-        near = target.name if target.name in routes else None
-        shares = tuple(sorted(shards.assign(missing[target.name], near=near).items()))
-        groups.setdefault(shares, []).append(target)
-    jobs = [
-        _Job(name=f"{holder} to {group[0].name}", holder=holder, pieces=pieces, targets=tuple(group))
-        for shares, group in groups.items()
-        for holder, pieces in shares
-    ]
-    bad: set[tuple[str, str, int]] = set()
-    failed: dict[str, NodeError] = {}
-
-    def act(job: _Job) -> None:
-        source, unit = routes[job.holder]
-        answers = carry.carry(source, unit, job.pieces, job.targets, folder, progress=meter.add)
-        for name, answer in answers.items():
-            if name != job.holder:
-                meter.note(name, job.pieces)
-            if isinstance(answer, NodeError):
-                failed[name] = answer
-            else:
-                bad.update((job.holder, path, offset) for path, offset in answer)
-
-    failed |= each(jobs, act, width=max(1, len(jobs))).bad
-    return bad, failed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """One holder's part of a round."""
-
-    name: str
-    holder: str
-    pieces: tuple[Piece, ...]
-    targets: tuple[Place, ...]
-
-
-class _Meter:
-    """Counts what arrives, and tells of it with the seconds that are left."""
-
-    def __init__(
-        self,
-        now: Session,
-        sent: dict[str, int],
-        missing: Mapping[str, tuple[tuple[Wanted, tuple[Piece, ...]], ...]],
-    ) -> None:
-        self._voice = now.voice
-        self._sent = sent
-        self._total = sum(piece.length for files in missing.values() for _, pieces in files for piece in pieces)
-        self._taken = 0
-        self._began = time.monotonic()
-        self._lock = Lock()
-
-    def add(self, count: int) -> None:
-        """So many bytes more."""
-        with self._lock:
-            self._taken += count
-            spent = time.monotonic() - self._began
-            left = (self._total - self._taken) * spent / self._taken if self._taken and spent > 1 else None
-            self._voice.carrying("checkpoint", self._taken, self._total, left)
-
-    def note(self, target: str, pieces: Sequence[Piece]) -> None:
-        """These were sent to a target."""
-        with self._lock:
-            self._sent[target] += sum(piece.length for piece in pieces)
-
-
-def _damaged(bad: Iterable[tuple[str, str, int]], units: Mapping[str, str]) -> IntegrityError:
-    flaws = sorted(
-        {
-            str(Flaw(kind="changed", place=holder, path=path, what=f"not what it was, at byte {offset:,}"))
-            for holder, path, offset in bad
-        }
-    )
-    unit = shards.origin(next(iter(units.values())))
-    return IntegrityError(
-        f"the checkpoint {unit} is not what its nodes had; nothing of it was shown",
-        detail=tuple(flaws[:SHOWN_FLAWS]),
-        next_step="launcher checkpoint verify names all of it; --tag takes another one",
-    )
-
-
-def scatter(
-    now: Session, source: str, *, to: tuple[str, ...] = (), clock: Callable[[], float] = time.time
-) -> tuple[Placed, ...]:
-    """Put a whole checkpoint onto all nodes, or these: verified, and under its name in one step on each.
-
-    `source` is a folder here, or NODE:FOLDER below that node's checkpoints folder, as `gather` names them.
-    """
-    began = clock()
-    at = places(now)
-    holder, folder = _source(at, source)
-    listing = whole_at(holder, folder)
-    manifests = listing.manifests
-    wanted = shards.wanted_files(manifests, (listing,))
-    unit = manifests[0].unit if not shards.is_universal(listing) else shards.origin(folder)
-    goal = f"{shards.GATHERED}/{unit}"
-    targets = [place for place in at if place.name in (to or [one.name for one in at])]
-    choose_machines(now, to)  # refuses a name that is none
-    rest = [place for place in targets if not _is_there(place, goal, wanted)]
-    sent = dict.fromkeys((place.name for place in targets), 0)
-    inside, beside = _latest(Kept(unit=unit, parts=(), copies=(listing,), flaws=()))
-    if shards.is_universal(listing):
-        inside |= {"latest_universal": listing.tag}
-    if rest:
-        sent |= deliver(now, {holder.name: (holder, folder)}, rest, goal, wanted, piece=manifests[0].piece)
-        texts = {**dict(listing.texts), **inside}
-        each(rest, lambda place: carry.show(place, goal, wanted, texts=texts, beside=beside)).all_or_raise()
-    size = sum(one.bytes for one in wanted)
-    return tuple(
-        _placed(
-            now,
-            how="scattered",
-            unit=unit,
-            at=one,
-            folder=goal,
-            size=size,
-            sent=sent[one.name],
-            began=began,
-            clock=clock,
-        )
-        for one in targets
-    )
-
-
-def _source(at: Sequence[Place], source: str) -> tuple[Place, str]:
-    node, colon, folder = source.partition(":")
-    if colon and (place := next((one for one in at if one.name == node), None)):
-        return place, shards.check_path(folder.strip("/"))
-    path = Path(source).expanduser().resolve()
-    if not path.is_dir():
-        raise InputError(
-            "there is no such folder here, nor is it NODE:FOLDER",
-            where=source,
-            next_step="launcher checkpoint gather tells where it put one",
-        )
-    return carry.place_here(path.parent), path.name
-
-
-def whole_at(place: Place, folder: str) -> Listing:
-    """A whole checkpoint at one place, read again; IntegrityError when it is not."""
-    found = carry.hash_units(place, [folder])
-    if not found or not found[0].manifests:
-        raise InputError(
-            "this is no checkpoint that was gathered",
-            where=where(place, folder) if place.folder else f"{place.name}:{folder}",
-            next_step="launcher checkpoint gather makes one",
-        )
-    flaws = [flaw for flaw in _judge_copy(found[0]) if shards.is_fatal(flaw)]
-    if flaws:
-        raise broken(folder, flaws, next_step="gather it again")
-    return found[0]
-
-
-def _judge_copy(listing: Listing) -> tuple[Flaw, ...]:
-    return shards.judge(listing.manifests, (listing,))
-
-
-# --- made of it ----------------------------------------------------------------------------------------------------
-
-
-def export(
-    now: Session,
-    *,
-    run: str | None = None,
-    tag: str | None = None,
-    to: str,
-    dtype: str,
-    form: str,
-    max_shard_size: str,
-    clock: Callable[[], float] = time.time,
-) -> Placed:
-    """Turn a ZeRO checkpoint into plain weights, where its shards are; the result goes to a node or a folder here.
-
-    Where no node has all shards, each makes an extract of its own (a third of their bytes at most, and what does not
-    interest is left out), and these are put together on the node that has the most, or on the one that is named.
-    The shards are read and verified first.
-    """
-    began = clock()
-    at = places(now)
-    one, notes = choose(now, at, run=run, tag=tag, read=True)
-    if one.fatal:
-        raise broken(one.unit, one.fatal)
-    if shards.read_layout(part.path for listing in one.listings for part in listing.parts).stage is None:
-        raise InputError(
-            f"{one.unit} was written without DeepSpeed: its weights are plain already",
-            next_step="launcher checkpoint gather",
-        )
-    target = destination(at, to)
-    goal = f"{EXPORTED}/{one.unit}-{dtype}"
-    options = ("--dtype", dtype, "--format", form, "--max-shard-size", max_shard_size)
-    alone = _who_has_all_shards(one, prefer=target.name)
-    by_name = {place.name: place for place in at}
-    extracted = 0
-    if alone is not None:
-        place = by_name[alone.place]
-        said = f"{place.name} has all shards of {one.unit}: converted there"
-        carry.make_ready(place, goal, ())
-        carry.export(place, shard_folder(alone), carry.partial(goal), "--tag", one.tag, *options)
-    else:
-        place = target if target.name in by_name else by_name[max(one.parts, key=lambda part: part.bytes).place]
-        extracted = _assemble(now, at, one, place, goal, dtype=dtype, options=options)
-        said = f"extracted on every node and put together on {place.name}: {extracted:,} bytes travelled for it"
-    result = replace(carry.arriving(place, goal), place=place.name)
-    sent = extracted
-    if place == target:
-        carry.show(place, goal, carry.as_wanted(result), texts={}, beside={})
-    else:
-        sent += _hand_over(now, place, target, goal, result)
-    return _placed(
-        now,
-        how="exported",
-        unit=one.unit,
-        at=target,
-        folder=goal,
-        size=result.bytes,
-        sent=sent,
-        began=began,
-        notes=(*notes, said),
-        clock=clock,
-    )
-
-
-def shard_folder(listing: Listing) -> str:
-    """The folder in which DeepSpeed finds the tag."""
-    return listing.unit if listing.style == "accelerate" else posixpath.dirname(listing.unit)
-
-
-def _who_has_all_shards(one: Kept, *, prefer: str) -> Listing | None:
-    """A listing with every file that DeepSpeed needs, of the preferred place if it can be."""
-    needed = {(part.path, part.pieces) for part in _all_shards(one)}
-    have = [
-        listing
-        for listing in (*one.parts, *one.copies)
-        if needed <= {(part.path, part.pieces) for part in listing.parts}
-    ]
-    return next((listing for listing in have if listing.place == prefer), have[0] if have else None)
-
-
-def _all_shards(one: Kept) -> list[shards.Part]:
-    return [
-        part
-        for manifest in shards.manifests_of(one.listings)
-        for part in manifest.parts
-        if shards.is_shard(part.path) and not posixpath.basename(part.path).startswith("random_states_")
-    ]
-
-
-def _assemble(
-    now: Session, at: Sequence[Place], one: Kept, place: Place, goal: str, *, dtype: str, options: tuple[str, ...]
-) -> int:
-    """Let every node extract what it has, bring that to one, and put it together there; the bytes that travelled."""
-    extracts = f"{goal}-extracts"
-    listings = {part.place: part for part in one.parts if any(shards.is_shard(file.path) for file in part.parts)}
-    makers = [maker for maker in at if maker.name in listings]
-
-    def extract(maker: Place) -> Listing:
-        carry.make_ready(maker, extracts, ())
-        file = f"{carry.partial(extracts)}/{maker.name}.safetensors"
-        folder = shard_folder(listings[maker.name])
-        carry.export(maker, "extract", folder, "--out", file, "--tag", one.tag, "--dtype", dtype)
-        return replace(carry.arriving(maker, extracts), place=maker.name)
-
-    try:
-        made = each(makers, extract).all_or_raise()
-        wanted = [file for listing in made.values() for file in carry.as_wanted(listing)]
-        routes = {maker.name: (maker, made[maker.name].unit) for maker in makers}
-        sent = deliver(now, routes, (place,), extracts, wanted, piece=shards.PIECE)[place.name]
-        files = [f"{carry.partial(extracts)}/{file.path}" for file in wanted]
-        carry.make_ready(place, goal, ())
-        carry.export(place, "assemble", *files, carry.partial(goal), *options)
-        return sent
-    finally:
-        each([*makers, place], lambda one_: carry.drop(one_, extracts))
-
-
-def _hand_over(now: Session, place: Place, target: Place, goal: str, result: Listing) -> int:
-    """Bring what was made at a place, and has no name there, to another one."""
-    wanted = carry.as_wanted(result)
-    sent = deliver(now, {place.name: (place, result.unit)}, (target,), goal, wanted, piece=shards.PIECE)
-    carry.show(target, goal, wanted, texts={}, beside={})
-    carry.drop(place, goal)
-    return sent[target.name]
-
-
-def universal(
-    now: Session,
-    *,
-    run: str | None = None,
-    tag: str | None = None,
-    to: str | None = None,
-    clock: Callable[[], float] = time.time,
-) -> Placed:
-    """Turn a checkpoint into DeepSpeed's universal form, for any number of processes, by its own tool on a node.
-
-    It lies beside the gathered one, with `-universal` at the end of its name; `scatter` puts it onto all nodes.
-    """
-    began = clock()
-    at = places(now)
-    one, notes = choose(now, at, run=run, tag=tag)
-    if one.fatal:
-        raise broken(one.unit, one.fatal)
-    if shards.read_layout(part.path for listing in one.listings for part in listing.parts).stage in (None, 0):
-        raise InputError(
-            f"{one.unit} was written without ZeRO; it needs no other form for another number of processes",
-            next_step="launcher checkpoint gather, then scatter",
-        )
-    prefer = destination(at, to) if to else None
-    if prefer is not None and prefer.name == HERE:
-        raise InputError(
-            "DeepSpeed is needed where this is done, and only nodes have it",
-            where=to,
-            next_step=f"the nodes are: {', '.join(place.name for place in at)}",
-        )
-    place, unit, said = _whole_somewhere(now, at, one, prefer=prefer, clock=clock)
-    name = f"{one.unit}-universal"
-    goal = f"{shards.GATHERED}/{name}"
-    carry.make_ready(place, goal, ())
-    carry.make_universal(place, unit, carry.partial(goal), shards=one.tag if one.style == "accelerate" else "")
-    result = replace(carry.arriving(place, goal, whole=True), place=place.name, unit=goal, style=one.style)
-    new_tag = one.tag if one.style == "accelerate" else posixpath.basename(name)
-    manifest = replace(
-        shards.late_manifest(
-            result, world_size=one.world_size, made=clock(), run=_run_id(one), ranks=range(one.world_size)
-        ),
-        tag=new_tag,
-        latest=None,
-    )
-    texts = {shards.manifest_name(place.name): shards.write_manifest(manifest)}
-    pointers = {"latest": new_tag, "latest_universal": new_tag}
-    inside, beside = (pointers, {}) if one.style == "accelerate" else ({}, {"latest_universal": new_tag})
-    carry.show(place, goal, carry.as_wanted(result), texts={**texts, **inside}, beside=beside)
-    return _placed(
-        now,
-        how="universal",
-        unit=one.unit,
-        at=place,
-        folder=goal,
-        size=result.bytes,
-        sent=0,
-        began=began,
-        notes=(*notes, *said),
-        clock=clock,
-    )
-
-
-def _run_id(one: Kept) -> str:
-    manifests = shards.manifests_of(one.listings)
-    return manifests[0].run if manifests else shards.run_of(one.unit)
-
-
-def _placed(
-    now: Session,
-    *,
-    how: str,
-    unit: str,
-    at: Place,
-    folder: str,
-    size: int,
-    sent: int,
-    began: float,
-    clock: Callable[[], float],
-    notes: tuple[str, ...] = (),
-) -> Placed:
-    """Write down that it lies there."""
-    ended = clock()
-    there = where(at, folder)
-    _remember(now, CheckpointPlaced(time=ended, how=how, unit=unit, place=at.name, folder=there, bytes=sent))
-    return Placed(unit=unit, place=at.name, folder=there, bytes=size, sent=sent, seconds=ended - began, notes=notes)
-
-
-def _whole_somewhere(
-    now: Session, at: Sequence[Place], one: Kept, *, prefer: Place | None, clock: Callable[[], float]
-) -> tuple[Place, str, tuple[str, ...]]:
-    """A node that has all of a checkpoint, and where, and what was done for it; gathers where there is none."""
-    wanted = shards.wanted_files(shards.manifests_of(one.listings), one.listings)
-    holders = {listing.place: listing for listing in (*one.parts, *one.copies) if _has_all(listing, wanted)}
-    by_name = {place.name: place for place in at}
-    first = [prefer.name] if prefer is not None and prefer.name in holders else []
-    for name in (*first, *holders):
-        listing = holders[name]
-        if listing in one.copies and not _is_there(by_name[name], listing.unit, wanted):
-            continue
-        return by_name[name], listing.unit, (f"{name} has all of {one.unit}: it is done there",)
-    sizes = {place.name: sum(part.bytes for part in one.parts if part.place == place.name) for place in at}
-    place = prefer if prefer is not None and prefer.name in by_name else by_name[max(sizes, key=lambda n: sizes[n])]
-    gathered = gather_to(now, at, one, place, clock=clock)
-    note = f"gathered {one.unit} on {place.name} first: {gathered.sent:,} bytes travelled"
-    return place, f"{shards.GATHERED}/{one.unit}", (note,)
-
-
-def _has_all(listing: Listing, wanted: Sequence[Wanted]) -> bool:
-    there = {part.path: part.bytes for part in listing.parts}
-    return all(there.get(one.path) == one.bytes for one in wanted)

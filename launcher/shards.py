@@ -407,6 +407,11 @@ def judge(
     return tuple(dict.fromkeys(flaws))
 
 
+def judge_copy(listing: Listing, *, elsewhere: Contents | None = None) -> tuple[Flaw, ...]:
+    """What is wrong with a unit that is meant to be whole in one place."""
+    return judge(listing.manifests, (listing,), elsewhere=elsewhere)
+
+
 def is_fatal(flaw: Flaw) -> bool:
     """Whether a unit with this flaw is not to be used; what `latest` says can be mended."""
     return flaw.kind != "latest"

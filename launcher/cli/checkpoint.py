@@ -10,7 +10,7 @@ import click
 from launcher.cli.options import Group, cluster_option, json_option, launcher, opened, show_json
 
 if TYPE_CHECKING:
-    from launcher.checkpoints import Placed
+    from launcher.gathering import Placed
     from launcher.session import Session
 
 
@@ -47,15 +47,19 @@ def list_(cluster: str | None, run: str | None, *, as_json: bool) -> None:
     from launcher.views import checkpoints as views
 
     with opened(cluster) as now:
-        found = checkpoints.kept(checkpoints.places(now), run)
+        at, lost = checkpoints.reached(now)
+        found = checkpoints.kept(at, run)
         events = (event for record in now.memory.runs() for event in record.events())
         rows = views.rows(found, checkpoints.last_verified(events))
     if as_json:
-        show_json({"cluster": now.inventory.name, "checkpoints": rows})
+        silent = {node: error.what for node, error in lost.items()}
+        show_json({"cluster": now.inventory.name, "checkpoints": rows, "lost": silent})
     elif rows:
         click.echo(views.list_text(rows))
     else:
         click.echo(f"cluster {now.inventory.name} has no checkpoint", err=True)
+    if lost:
+        raise next(iter(lost.values()))
 
 
 @checkpoint.command()
@@ -110,10 +114,10 @@ def gather(cluster: str | None, run: str | None, tag: str | None, to: str, *, as
     launcher checkpoint gather --to ./kept
     launcher checkpoint gather --step 100 --to gpu-01
     """
-    from launcher import checkpoints
+    from launcher import gathering
 
     with opened(cluster) as now:
-        _tell(now, (checkpoints.gather(now, run=run, tag=tag, to=to),), as_json=as_json)
+        _tell(now, (gathering.gather(now, run=run, tag=tag, to=to),), as_json=as_json)
 
 
 @checkpoint.command()
@@ -129,10 +133,10 @@ def scatter(cluster: str | None, source: str, nodes: tuple[str, ...], *, as_json
     \b
     launcher checkpoint scatter gpu-01:gathered/20261123-060000-1f2e/step-00000100-universal
     """
-    from launcher import checkpoints
+    from launcher import gathering
 
     with opened(cluster) as now:
-        _tell(now, checkpoints.scatter(now, source, to=nodes), as_json=as_json)
+        _tell(now, gathering.scatter(now, source, to=nodes), as_json=as_json)
 
 
 @checkpoint.command()
@@ -152,10 +156,10 @@ def export(cluster: str | None, run: str | None, *, as_json: bool, **asked: Any)
     \b
     launcher checkpoint export --dtype bf16 --to ./model
     """
-    from launcher import checkpoints
+    from launcher import conversion
 
     with opened(cluster) as now:
-        _tell(now, (checkpoints.export(now, run=run, **asked),), as_json=as_json)
+        _tell(now, (conversion.export(now, run=run, **asked),), as_json=as_json)
 
 
 @checkpoint.command()
@@ -172,10 +176,10 @@ def universal(cluster: str | None, run: str | None, tag: str | None, to: str | N
     \b
     launcher checkpoint universal
     """
-    from launcher import checkpoints
+    from launcher import conversion
 
     with opened(cluster) as now:
-        _tell(now, (checkpoints.universal(now, run=run, tag=tag, to=to),), as_json=as_json)
+        _tell(now, (conversion.universal(now, run=run, tag=tag, to=to),), as_json=as_json)
 
 
 def _tell(now: Session, placed: Iterable[Placed], *, as_json: bool) -> None:

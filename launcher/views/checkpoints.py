@@ -10,7 +10,8 @@ from launcher.events import CheckpointVerified
 from launcher.views.text import age, table
 
 if TYPE_CHECKING:
-    from launcher.checkpoints import Kept, Placed, Verified
+    from launcher.checkpoints import Kept, Verified
+    from launcher.gathering import Placed
 
 
 def rows(found: Sequence[Kept], verified: Mapping[str, CheckpointVerified]) -> list[dict[str, Any]]:

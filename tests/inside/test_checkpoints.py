@@ -22,7 +22,7 @@ from cluster.inventory import read_inventory
 from cluster.local import LocalTransport
 from cluster.processes import ProcessEngine
 from cluster.transport import Sink
-from launcher import checkpoints, render, shards
+from launcher import checkpoints, gathering, render, shards
 from launcher.checks import Finding
 from launcher.events import CheckpointPlaced, CheckpointVerified
 from launcher.image import Progress
@@ -181,13 +181,13 @@ def spoil(file: Path, at: int = 77) -> None:
 def test_a_gathered_checkpoint_is_the_union_of_all_parts(site: Site, to: str) -> None:
     target = str(site.home / "kept") if to == "folder" else to
     root = site.home / "kept" if to == "folder" else site.cluster.of(to)
-    done = checkpoints.gather(site.now, to=target)
+    done = gathering.gather(site.now, to=target)
     assert site.tree(root / GATHERED) == site.whole()
     size = sum(len(content) for path, content in site.whole().items() if not path.startswith((".", "latest")))
     here = site.tree(site.cluster.of("gpu-01") / UNIT)
     own = sum(len(content) for path, content in here.items() if not path.startswith((".", "latest")))
     assert (done.unit, done.bytes, done.sent) == (UNIT, size, size if to == "folder" else size - own)
-    again = checkpoints.gather(site.now, to=target)
+    again = gathering.gather(site.now, to=target)
     assert (again.folder, again.sent) == (done.folder, 0)
     assert [type(event) for event in site.events()] == [CheckpointPlaced, CheckpointPlaced]
     taken, total = site.voice.carried[-1]
@@ -197,13 +197,13 @@ def test_a_gathered_checkpoint_is_the_union_of_all_parts(site: Site, to: str) ->
 def test_a_gather_takes_the_checkpoint_that_is_named(site: Site) -> None:
     for asked in ("2", "step-00000002", OLDER):
         shutil.rmtree(site.home / "kept", ignore_errors=True)
-        assert checkpoints.gather(site.now, tag=asked, to=str(site.home / "kept")).unit == OLDER
+        assert gathering.gather(site.now, tag=asked, to=str(site.home / "kept")).unit == OLDER
     with pytest.raises(InputError, match="no checkpoint '7'"):
-        checkpoints.gather(site.now, tag="7", to=str(site.home / "kept"))
+        gathering.gather(site.now, tag="7", to=str(site.home / "kept"))
     with pytest.raises(InputError, match="no checkpoint of 20990101-000000-0000"):
-        checkpoints.gather(site.now, run="20990101-000000-0000", to=str(site.home / "kept"))
+        gathering.gather(site.now, run="20990101-000000-0000", to=str(site.home / "kept"))
     with pytest.raises(InputError, match="neither a node nor a folder"):
-        checkpoints.gather(site.now, to="/dev/null/x")
+        gathering.gather(site.now, to="/dev/null/x")
 
 
 def test_a_node_that_is_not_up_is_named_with_the_cure(site: Site) -> None:
@@ -211,7 +211,7 @@ def test_a_node_that_is_not_up_is_named_with_the_cure(site: Site) -> None:
     for one in machine.engine.find({}):
         machine.engine.remove(one.id)
     with pytest.raises(CommandError, match="node gpu-02: it is not up\n  next: launcher up"):
-        checkpoints.gather(site.now, to=str(site.home / "kept"))
+        gathering.gather(site.now, to=str(site.home / "kept"))
 
 
 def big(tmp_path: Path, *, mib: int) -> kept.Cluster:
@@ -240,10 +240,10 @@ def test_f51_an_interrupted_gather_goes_on_from_where_it_was(large: Site, share:
     first = int(share * size)
     line.cuts = [first, first, first, first]
     with pytest.raises(UnreachableError, match="the same command goes on from where it was"):
-        checkpoints.gather(large.now, to=str(to))
+        gathering.gather(large.now, to=str(to))
     assert not (to / GATHERED).exists()
     line.cuts = []
-    done = checkpoints.gather(large.now, to=str(to))
+    done = gathering.gather(large.now, to=str(to))
     assert large.tree(to / GATHERED) == large.whole()
     assert done.bytes > 2 * 40 * MIB
     resent = line.carried - size
@@ -254,19 +254,19 @@ def test_f51_one_dropped_line_costs_at_most_a_piece(large: Site) -> None:
     line, to = large.lines["gpu-02"], large.home / "kept"
     size = sum(len(content) for content in large.tree(large.cluster.of("gpu-02") / UNIT).values())
     line.cuts = [size // 2]
-    checkpoints.gather(large.now, to=str(to))
+    gathering.gather(large.now, to=str(to))
     assert large.tree(to / GATHERED) == large.whole()
     assert line.carried - size <= 0.05 * size + shards.PIECE
 
 
 def test_f50_what_changed_since_is_named_and_nothing_is_shown(site: Site) -> None:
     to = site.home / "kept"
-    checkpoints.gather(site.now, to=str(to))
+    gathering.gather(site.now, to=str(to))
     before = site.tree(to / GATHERED)
     path = "pytorch_model/zero_pp_rank_3_mp_rank_00_optim_states.pt"
     spoil(site.cluster.of("gpu-02") / UNIT / path)
     with pytest.raises(IntegrityError, match="changed: node gpu-02: ") as caught:
-        checkpoints.gather(site.now, to=str(site.home / "other"))
+        gathering.gather(site.now, to=str(site.home / "other"))
     assert path in str(caught.value)
     assert not (site.home / "other" / GATHERED).exists()
     assert site.tree(to / GATHERED) == before
@@ -278,10 +278,10 @@ def test_a_shard_that_is_missing_is_refused_before_anything_travels(site: Site) 
     length = file.stat().st_size
     file.unlink()
     with pytest.raises(IntegrityError, match=f"missing: node gpu-02: {path}"):
-        checkpoints.gather(site.now, tag="4", to=str(site.home / "kept"))
+        gathering.gather(site.now, tag="4", to=str(site.home / "kept"))
     assert list((site.home).glob("kept/**/*.pt")) == []
     # Without a name the newest that verifies is taken instead, and this is said.
-    done = checkpoints.gather(site.now, to=str(site.home / "kept"))
+    done = gathering.gather(site.now, to=str(site.home / "kept"))
     assert done.unit == OLDER
     assert done.notes == (f"{UNIT} does not verify: missing: node gpu-02: {path}: it had {length:,} bytes",)
 
@@ -289,7 +289,7 @@ def test_a_shard_that_is_missing_is_refused_before_anything_travels(site: Site) 
 def test_f52_a_tree_with_a_link_is_refused(site: Site) -> None:
     (site.cluster.of("gpu-02") / UNIT / "pytorch_model/x.pt").symlink_to("/etc/passwd")
     with pytest.raises(IntegrityError, match=r"refused: node gpu-02: pytorch_model/x.pt: a link"):
-        checkpoints.gather(site.now, tag="4", to=str(site.home / "kept"))
+        gathering.gather(site.now, tag="4", to=str(site.home / "kept"))
     assert not (site.home / "kept").exists()
 
 
@@ -305,7 +305,7 @@ def test_f53_where_there_is_no_room_nothing_is_touched(large: Site) -> None:
         (place / GATHERED).mkdir(parents=True)
         (place / GATHERED / "old").write_text("old")
         with pytest.raises(PreconditionError, match="there is no room for it") as caught:
-            checkpoints.gather(large.now, to=str(place))
+            gathering.gather(large.now, to=str(place))
         assert caught.value.where == str(place)
         assert large.tree(place) == {f"{GATHERED}/old": b"old"}
     finally:
@@ -318,7 +318,7 @@ def test_f54_a_bad_latest_is_said_and_mended_in_the_copy(site: Site, latest: str
     file.unlink()
     if latest is not None:
         file.write_text(latest)
-    done = checkpoints.gather(site.now, to=str(site.home / "kept"))
+    done = gathering.gather(site.now, to=str(site.home / "kept"))
     assert (done.unit, len(done.notes)) == (UNIT, 1)
     assert done.notes[0].startswith(f"{UNIT}/latest: it ")
     assert (site.home / "kept" / GATHERED / "latest").read_text() == "pytorch_model"
@@ -336,14 +336,14 @@ def test_f54_deepspeeds_own_tags_follow_latest_while_it_is_right(tmp_path: Path)
     site = next(sites)
     try:
         latest.write_text("global_step10")
-        done = checkpoints.gather(site.now, to=str(tmp_path / "kept"))
+        done = gathering.gather(site.now, to=str(tmp_path / "kept"))
         assert (done.unit, done.notes) == (f"{kept.RUN}/global_step10", ())
         assert (tmp_path / f"kept/gathered/{kept.RUN}/latest").read_text() == "global_step10"
         latest.write_text("")
-        done = checkpoints.gather(site.now, to=str(tmp_path / "kept"))
+        done = gathering.gather(site.now, to=str(tmp_path / "kept"))
         assert (done.unit, done.notes) == (f"{kept.RUN}/global_step20", (f"{kept.RUN}/latest: it is empty",))
         assert (tmp_path / f"kept/gathered/{kept.RUN}/latest").read_text() == "global_step20"
-        (copied,) = checkpoints.scatter(
+        (copied,) = gathering.scatter(
             site.now, str(tmp_path / f"kept/gathered/{kept.RUN}/global_step20"), to=("gpu-02",)
         )
         assert (cluster.of("gpu-02") / copied.folder / "../latest").read_text() == "global_step20"
@@ -373,13 +373,13 @@ def test_every_byte_is_read_again_and_the_verdict_is_remembered(site: Site) -> N
 
 
 def test_a_copy_is_verified_too(site: Site) -> None:
-    checkpoints.gather(site.now, to="gpu-02")
+    gathering.gather(site.now, to="gpu-02")
     assert checkpoints.verify(site.now)[0].copies == {"gpu-02": ()}
     spoil(site.cluster.of("gpu-02") / GATHERED / "random_states_0.pkl")
     (verdict,) = checkpoints.verify(site.now)
     assert (verdict.flaws, [flaw.kind for flaw in verdict.copies["gpu-02"]], verdict.ok) == ((), ["changed"], False)
     # A new gather replaces it.
-    checkpoints.gather(site.now, to="gpu-02")
+    gathering.gather(site.now, to="gpu-02")
     assert checkpoints.verify(site.now)[0].ok
 
 
@@ -402,11 +402,11 @@ def test_nobody_s_word_can_be_given_late(tmp_path: Path) -> None:
     cluster.seal("gpu-01")
     for site in make_site(tmp_path, cluster):
         with pytest.raises(IntegrityError, match=rf"unsealed: node gpu-02.*\n.*--seal {kept.RUN} --tag step-00000004"):
-            checkpoints.gather(site.now, to=str(tmp_path / "kept"))
+            gathering.gather(site.now, to=str(tmp_path / "kept"))
         (verdict,) = checkpoints.verify(site.now, seal=True)
         assert (verdict.ok, verdict.sealed) == (True, ("gpu-02",))
         assert checkpoints.verify(site.now)[0].ok
-        assert checkpoints.gather(site.now, to=str(tmp_path / "kept")).unit == UNIT
+        assert gathering.gather(site.now, to=str(tmp_path / "kept")).unit == UNIT
 
 
 def test_what_is_torn_is_not_sealed_late(tmp_path: Path) -> None:
@@ -440,26 +440,26 @@ def test_what_a_run_can_go_on_from_is_the_newest_that_verifies(site: Site) -> No
 
 
 def test_a_gathered_checkpoint_comes_onto_every_node(site: Site) -> None:
-    checkpoints.gather(site.now, to=str(site.home / "kept"))
-    done = checkpoints.scatter(site.now, str(site.home / "kept" / GATHERED))
+    gathering.gather(site.now, to=str(site.home / "kept"))
+    done = gathering.scatter(site.now, str(site.home / "kept" / GATHERED))
     assert [one.place for one in done] == ["gpu-01", "gpu-02"]
     for node in site.cluster.names:
         assert site.tree(site.cluster.of(node) / GATHERED) == site.whole()
-    assert [one.sent for one in checkpoints.scatter(site.now, f"gpu-01:{GATHERED}")] == [0, 0]
+    assert [one.sent for one in gathering.scatter(site.now, f"gpu-01:{GATHERED}")] == [0, 0]
 
 
 def test_a_scatter_from_a_node_leaves_that_one_as_it_is(site: Site) -> None:
-    checkpoints.gather(site.now, to="gpu-02")
-    done = checkpoints.scatter(site.now, f"gpu-02:{GATHERED}", to=("gpu-01",))
+    gathering.gather(site.now, to="gpu-02")
+    done = gathering.scatter(site.now, f"gpu-02:{GATHERED}", to=("gpu-01",))
     assert [(one.place, one.sent > 0) for one in done] == [("gpu-01", True)]
     assert site.tree(site.cluster.of("gpu-01") / GATHERED) == site.whole()
 
 
 def test_only_what_is_whole_is_scattered(site: Site) -> None:
-    checkpoints.gather(site.now, to=str(site.home / "kept"))
+    gathering.gather(site.now, to=str(site.home / "kept"))
     spoil(site.home / "kept" / GATHERED / "random_states_0.pkl")
     with pytest.raises(IntegrityError, match=r"changed: node this machine: random_states_0.pkl"):
-        checkpoints.scatter(site.now, str(site.home / "kept" / GATHERED))
+        gathering.scatter(site.now, str(site.home / "kept" / GATHERED))
     assert not (site.cluster.of("gpu-01") / "gathered").exists()
     for source, why in (
         (str(site.home / "nothing"), "no such folder here"),
@@ -468,15 +468,15 @@ def test_only_what_is_whole_is_scattered(site: Site) -> None:
         ("gpu-09:gathered/x", "no such folder here"),
     ):
         with pytest.raises(InputError, match=why):
-            checkpoints.scatter(site.now, source)
+            gathering.scatter(site.now, source)
     with pytest.raises(IntegrityError, match="leads out"):
-        checkpoints.scatter(site.now, "gpu-01:../x")
+        gathering.scatter(site.now, "gpu-01:../x")
     with pytest.raises(InputError, match="there is no node 'gpu-09'"):
-        checkpoints.scatter(site.now, str(site.home / "kept" / GATHERED), to=("gpu-09",))
+        gathering.scatter(site.now, str(site.home / "kept" / GATHERED), to=("gpu-09",))
 
 
 def test_tables_tell_what_there_is(site: Site) -> None:
-    checkpoints.gather(site.now, to="gpu-02")
+    gathering.gather(site.now, to="gpu-02")
     found = checkpoints.kept(checkpoints.places(site.now))
     text = views.list_text(views.rows(found, {}), now=found[-1].modified)
     lines = [line.split() for line in text.splitlines()]
