@@ -88,7 +88,7 @@ def gather_to(
     wanted = shards.wanted_files(manifests, sources)
     folder = f"{shards.GATHERED}/{one.unit}"
     texts = dict(text for listing in sources for text in listing.texts)
-    inside, beside = pointers(one.style, tag_of(one), universal=False)
+    inside, beside = pointers(one.style, tag_of(one), universal=one.is_universal)
     by_name = {place.name: place for place in at}
     routes = {listing.place: (by_name[listing.place], listing.unit) for listing in sources}
     sent = 0
@@ -96,10 +96,9 @@ def gather_to(
         sent = deliver(now, routes, (target,), folder, wanted, piece=manifests[0].piece)[target.name]
         carry.show(target, folder, wanted, texts={**texts, **inside}, beside=beside)
     size = sum(file.bytes for file in wanted)
-    how = "gathered"
     return placed(
         now,
-        how=how,
+        how="gathered",
         unit=one.unit,
         at=target,
         folder=folder,
