@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import BoundedSemaphore, Thread
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from cluster.engine import Engine
 from cluster.errors import CommandError, NodeError, UnreachableError
@@ -19,6 +19,17 @@ from cluster.transport import Transport
 from cluster.trust import Address
 
 T = TypeVar("T")
+
+
+class Named(Protocol):
+    """Whatever stands for one machine."""
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+
+
+M = TypeVar("M", bound=Named)
 
 # sshd's MaxStartups begins to drop unauthenticated connections at 10, and a bastion sees all of ours: the transport
 # retries those; 32 threads were the fastest in a fan-out to a thousand hosts.
@@ -54,8 +65,8 @@ class Answers(Generic[T]):
 
 
 def each(
-    machines: Sequence[Machine],
-    act: Callable[[Machine], T],
+    machines: Sequence[M],
+    act: Callable[[M], T],
     *,
     deadline: float | None = None,
     width: int = WIDTH,
@@ -82,7 +93,7 @@ def each(
     return _collect(futures, deadline)
 
 
-def _answer(future: Future[T], gate: BoundedSemaphore, act: Callable[[Machine], T], machine: Machine) -> None:
+def _answer(future: Future[T], gate: BoundedSemaphore, act: Callable[[M], T], machine: M) -> None:
     with gate:
         if not future.set_running_or_notify_cancel():
             return  # the deadline passed while this one waited for its turn: nobody would hear of what it did

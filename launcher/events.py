@@ -86,6 +86,30 @@ class RunEnded(Event):
     cause: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointVerified(Event):
+    """A checkpoint of the run was read again on these nodes; `flaws` is empty when all of it was as it had been."""
+
+    unit: str
+    nodes: tuple[str, ...]
+    bytes: int
+    flaws: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointPlaced(Event):
+    """A whole checkpoint, or what was made of it, lies at `place` in `folder`; `bytes` had to be sent for it.
+
+    `how` is one of gathered, scattered, exported, universal.
+    """
+
+    how: str
+    unit: str
+    place: str
+    folder: str
+    bytes: int
+
+
 KINDS: tuple[type[Event], ...] = (
     RunBegan,
     StageBegan,
@@ -93,6 +117,8 @@ KINDS: tuple[type[Event], ...] = (
     NodeStarted,
     NodeEnded,
     RunEnded,
+    CheckpointVerified,
+    CheckpointPlaced,
 )
 Emit = Callable[[Event], None]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.command import Command, Result
-from cluster.container import LABEL_ROLE, Container
+from cluster.container import LABEL_ROLE
 from cluster.errors import CommandError, NodeError
 from cluster.fleet import Machine, each
 from launcher import render
-from launcher.session import Session, choose_machines, ours
+from launcher.session import Session, choose_machines, idle_container, ours
 
 
 def down(now: Session) -> Mapping[str, tuple[str, ...]]:
@@ -37,7 +37,7 @@ def run_inside(now: Session, names: tuple[str, ...], argv: tuple[str, ...]) -> M
     """Run a command in the node containers, everywhere or on the named nodes."""
 
     def act(machine: Machine) -> Result:
-        return machine.engine.execute(_idle(now, machine).id, Command(argv=argv))
+        return machine.engine.execute(idle_container(now, machine).id, Command(argv=argv))
 
     return each(choose_machines(now, names), act).all_or_raise()
 
@@ -47,7 +47,7 @@ def ask_environment(now: Session) -> Mapping[str, dict[str, Any]]:
     script = (Path(__file__).parent / "inside" / "environment.py").read_bytes()
 
     def act(machine: Machine) -> dict[str, Any]:
-        container = _idle(now, machine)
+        container = idle_container(now, machine)
         answer = machine.engine.execute(container.id, Command(argv=("python3", "-"), stdin=script))
         try:
             said = json.loads(answer.text)
@@ -68,13 +68,5 @@ def ask_environment(now: Session) -> Mapping[str, dict[str, Any]]:
 def shell(now: Session, name: str | None, argv: tuple[str, ...], *, tty: bool) -> int:
     """Put the user inside a node's container."""
     machine = choose_machines(now, (name,) if name else ())[0]
-    return machine.transport.interact(machine.engine.interactive(_idle(now, machine).id, argv, tty=tty), tty=tty)
-
-
-def _idle(now: Session, machine: Machine) -> Container:
-    machine.transport.open()
-    found = machine.engine.find(ours(now, machine, **{LABEL_ROLE: render.ROLE_NODE}))
-    live = [one for one in found if one.is_live]
-    if not live:
-        raise CommandError(machine.name, "it is not up", next_step="launcher up")
-    return live[0]
+    inside = machine.engine.interactive(idle_container(now, machine).id, argv, tty=tty)
+    return machine.transport.interact(inside, tty=tty)

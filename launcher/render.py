@@ -30,7 +30,7 @@ from cluster.container import (
 from launcher import zero
 from launcher.plan import NodePlan, Plan
 
-INSIDE = ("agent.py", "launch.py", "bootstrap.py")
+INSIDE = ("agent.py", "launch.py", "bootstrap.py", "manifest.py")
 # The run's container has one name per node: making it is atomic, so two runs can never hold the same node.
 ROLE_NODE, ROLE_RUN = "node", "run"
 JOIN_TIMEOUT = 120  # seconds for all nodes to meet; torchrun's own default is 900

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.container import LABEL_CLUSTER, LABEL_OWNER, LABEL_ROLE, LABEL_RUN, Container
-from cluster.errors import InputError
+from cluster.errors import CommandError, InputError
 from cluster.facts import NodeFacts
 from cluster.fleet import Answers, Machine, ask_facts, closing, connect, each
 from cluster.inventory import Inventory
@@ -36,6 +36,9 @@ class Voice(Protocol):
 
     def shipping(self, node: str, taken: int, total: int) -> None:
         """How many bytes of the image a node has taken, of about how many."""
+
+    def carrying(self, name: str, taken: int, total: int, left: float | None) -> None:
+        """How many bytes of so many have arrived somewhere, and about how many seconds the rest will take."""
 
     def done(self) -> None:
         """What was being shown as progress is over."""
@@ -128,6 +131,16 @@ def live_run(found: Mapping[str, tuple[Container, ...]]) -> str | None:
         if one.labels.get(LABEL_ROLE) == render.ROLE_RUN
     ]
     return max(runs)[1] if runs else None
+
+
+def idle_container(now: Session, machine: Machine) -> Container:
+    """A machine's node container; `CommandError` when it is not up."""
+    machine.transport.open()
+    found = machine.engine.find(ours(now, machine, **{LABEL_ROLE: render.ROLE_NODE}))
+    live = [one for one in found if one.is_live]
+    if not live:
+        raise CommandError(machine.name, "it is not up", next_step="launcher up")
+    return live[0]
 
 
 def choose_machines(now: Session, names: tuple[str, ...]) -> tuple[Machine, ...]:

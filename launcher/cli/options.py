@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 NAME = "launcher"
 ORDER = (
     *("init", "trust", "up", "plan", "run", "status", "ls", "logs", "attach", "stop", "exec", "shell"),
-    *("env", "test", "down", "config", "image", "schema", "completion"),
+    *("env", "test", "down", "checkpoint", "verify", "gather", "scatter", "export", "universal"),
+    *("config", "image", "schema", "completion"),
 )
 
 

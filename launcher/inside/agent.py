@@ -14,15 +14,17 @@ It writes into "out":
              The second word is the rank, or `-` for torchrun and this agent. A record ends with \\n and with nothing
              else (never use splitlines). Invalid UTF-8 is replaced; longer lines are cut at 64 KiB; of text that
              is overwritten by a carriage return about one version a second is kept; secrets read `***`.
-  exit.json  Written last, atomically: {"run", "node", "machine_rank", "code", "signal", "started", "ended", "stopped",
-             "failures": [{"rank", "local_rank", "exit_code", "signal", "time", "type", "message"}]}, times in
-             seconds since the epoch, failures by time. Rank null: the launch itself failed.
+  exit.json  Written when nothing of the job is left, atomically: {"run", "node", "machine_rank", "code", "signal",
+             "started", "ended", "stopped", "failures": [{"rank", "local_rank", "exit_code", "signal", "time", "type",
+             "message"}]}, times in seconds since the epoch, failures by time. Rank null: the launch itself failed.
 The same lines go to standard output (`[rank 5] text`) as far as somebody reads it.
 
 SIGTERM or SIGINT asks the job to stop, and kills it after stop_grace seconds; a second one kills it now.
 Secrets are files named by name in secrets_dir; they are complete when `.complete` lies beside them. The ranks read
 them there themselves: what is in a process's first environment, every process of that user can read. The agent exits
 with the job's code.
+
+Where there is a checkpoints folder, manifest.py watches it beside the job and looks once more after it, for a time.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ CHUNK = 256 * 1024  # one read
 ECHO_LIMIT = 1024 * 1024  # kept for a slow reader of standard output; what is beyond is in node.log only
 SECRETS_PATIENCE = 60.0
 LEFTOVER_GRACE = 2.0  # for processes that outlived the job, before SIGKILL
+SEALING = {True: 60.0, False: 3.0}  # after a job that ended well, and after any other: somebody may be waiting
 KILL_PATIENCE = 10.0  # a process in uninterruptible sleep does not die of SIGKILL; do not wait for it for ever
 SHORTEST_SECRET = 4  # shorter values would blot out half of every line
 CONTINUES = 0x80  # the high bits of a UTF-8 byte that is not the first of its character
@@ -67,7 +70,7 @@ F_SETPIPE_SZ = 1031
 def main(argv: list[str]) -> int:
     """Read the run, carry it out, leave its exit.json; answers with the exit code."""
     hold_standard_streams()
-    run = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+    run = {**json.loads(Path(argv[0]).read_text(encoding="utf-8")), "document": argv[0]}
     out = Path(run["out"])
     log = Log(out / "node.log")
     bell = Bell()
@@ -79,6 +82,7 @@ def main(argv: list[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     log.finish()
     write_exit(out / "exit.json", ending)
+    seal_checkpoints(run, ending, bell=bell)
     return int(ending["status"])
 
 
@@ -99,6 +103,7 @@ def carry_out(run: dict[str, Any], *, log: Log, bell: Bell, folder: Path) -> dic
         log.say(f"launcher: cannot start {run['files']}/launch.py in {run['workdir']}: {error}")
         failures = [failure(time=time.time(), kind=type(error).__name__, message=str(error))]
         return ending(run, code=1, started=started, stopped=False, failures=failures)
+    keep_manifests(run, "watch", since=started, output=pipes.job_end)
     pipes.close_job_end()
     follow(job, pipes=pipes, bell=bell, grace=float(run["stop_grace"]))
     stopped = bool(bell.rung)
@@ -111,6 +116,31 @@ def carry_out(run: dict[str, Any], *, log: Log, bell: Bell, folder: Path) -> dic
         own = failures[0]["exit_code"]
         code = own if 0 < own < LARGEST_CODE else 1
     return ending(run, code=code, started=started, stopped=stopped, failures=failures)
+
+
+def keep_manifests(run: dict[str, Any], how: str, *, since: float, output: int) -> subprocess.Popen[bytes] | None:
+    """Start manifest.py, which writes down what the checkpoints are while they are still true."""
+    program = Path(run["files"], "manifest.py")
+    if not (os.environ.get("LAUNCHER_CHECKPOINTS") and program.exists() and run.get("run")):
+        return None
+    return subprocess.Popen(
+        [sys.executable, str(program), how, run["document"], "--since", str(since)],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )
+
+
+def seal_checkpoints(run: dict[str, Any], ended: dict[str, Any], *, bell: Bell) -> None:
+    """The last look at the checkpoints. How the run ended is written down already, and whoever asks is obeyed."""
+    sealing = keep_manifests(run, "seal", since=ended["started"], output=subprocess.DEVNULL)
+    deadline = time.monotonic() + SEALING[ended["code"] == 0]
+    rung = bell.rung
+    while sealing is not None and sealing.poll() is None:
+        if time.monotonic() > deadline or bell.rung > rung:
+            sealing.kill()
+        time.sleep(0.02)
 
 
 def follow(job: Job, *, pipes: Pipes, bell: Bell, grace: float) -> None:

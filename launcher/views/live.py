@@ -108,6 +108,11 @@ class Teller:
         """How many bytes of the image a node has taken, of about how many."""
         self._show(node, "", done=taken, total=total, shown=f"{taken / 1e6:.0f}/{total / 1e6:.0f} MB")
 
+    def carrying(self, name: str, taken: int, total: int, left: float | None) -> None:
+        """How many bytes of so many have arrived somewhere, and about how many seconds the rest will take."""
+        rest = "" if left is None else f", {left:.0f} s left"
+        self._show(name, "", done=taken, total=total, shown=f"{taken / 1e6:.1f}/{total / 1e6:.1f} MB{rest}")
+
     def done(self) -> None:
         """What was being shown as progress is over."""
         with self._lock:

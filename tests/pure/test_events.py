@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from launcher.events import (
     KINDS,
+    CheckpointPlaced,
+    CheckpointVerified,
     CodeArrived,
     Event,
     Failure,
@@ -35,6 +37,11 @@ EVENTS = (
     NodeEnded(time=5.0, node="gpu-01", code=137, oom=True, failures=(FAILURE, dataclasses.replace(FAILURE, rank=None))),
     NodeEnded(time=5.5, node="gpu-02", code=1, stopped=True, lost="lost: no answer"),
     RunEnded(time=6.0, code=1, cause="node gpu-01, rank 5: killed by SIGKILL"),
+    CheckpointVerified(time=7.0, unit="run-1/step-00000100", nodes=("gpu-01", "gpu-02"), bytes=1 << 40),
+    CheckpointVerified(time=7.5, unit="run-1/step-00000100", nodes=("gpu-01",), bytes=3, flaws=("torn: latest",)),
+    CheckpointPlaced(
+        time=8.0, how="gathered", unit="run-1/step-00000100", place="gpu-01", folder="gathered/run-1", bytes=7
+    ),
 )
 
 

@@ -166,6 +166,7 @@ JOB = (
     *("--job", "--grace", "--env"),
 )
 MODEL = ("--parameters", "--model", "--model-from", "--sequence", "--checkpointing")
+TAG = "--tag/--step"
 COMMANDS = {
     "init": ("HOSTS", "-o/--output", "--name", "-i/--identity-file", "--yes"),
     "trust": ("CLUSTER", "--yes", "--replace"),
@@ -185,6 +186,12 @@ COMMANDS = {
     "env": (CLUSTER, JSON, "NAME"),
     "test": (CLUSTER, *JOB, "--ignore", JSON, "NAME"),
     "down": (CLUSTER, "NAME"),
+    "checkpoint ls": (CLUSTER, JSON, "RUN"),
+    "checkpoint verify": (CLUSTER, TAG, "--all", "--seal", JSON, "RUN"),
+    "checkpoint gather": (CLUSTER, TAG, "--to", JSON, "RUN"),
+    "checkpoint scatter": (CLUSTER, "--to", JSON, "SOURCE"),
+    "checkpoint export": (CLUSTER, TAG, "--dtype", "--format", "--max-shard-size", "--to", JSON, "RUN"),
+    "checkpoint universal": (CLUSTER, TAG, "--to", JSON, "RUN"),
     "config show": (CLUSTER, *JOB, JSON, "NODE"),
     "config check": (JSON, "--world-size", "FILE"),
     "config new": (*JOB, "--force", "FILE"),
