@@ -74,7 +74,7 @@ print("peak", torch.cuda.max_memory_allocated())
 def answer(argv: list[str], **options: Any) -> str:
     done = subprocess.run(argv, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return str(done.stdout)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

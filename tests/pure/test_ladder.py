@@ -163,8 +163,8 @@ GIVEN = ("--parameters", "7B", "--gpu-memory", "80g")
 @pytest.mark.parametrize(
     ("words", "what", "cure"),
     [
-        (("--gpu-memory", "80g"), "which model?", "give one of --parameters 7B"),
-        ((*GIVEN, "--model", "config.json"), "this names more than one model", "give one of --parameters 7B"),
+        (("--gpu-memory", "80g"), "which model?", "give --parameters 7B"),
+        ((*GIVEN, "--model", "config.json"), "this names more than one model", "give one of --parameters"),
         (("--model-from", "model.py", "--gpu-memory", "80g"), "names no function of a file", "as model.py:make"),
         (("--parameters", "lots", "--gpu-memory", "80g"), "'lots' is no number of parameters", "such as 7B"),
         (("--parameters", "7B", "--gpu-memory", "80"), "'80' is no size", "such as 80g"),
