@@ -10,10 +10,12 @@ Usage: python3 carry.py read [--below FOLDER] UNIT       < [[path, offset, lengt
        python3 carry.py drop [--below FOLDER] UNIT
 
 Needs Python alone. FOLDER is the checkpoints folder, LAUNCHER_CHECKPOINTS where it is not given; UNIT a path below it.
-What arrives lies in `.launcher-partial-<name>` beside the unit's place. A piece is written when all of it has come and
-its hash is right; `ready` tells which are there, by reading them again, so that a transfer that was cut goes on where
-it was. `show` looks that nothing is missing or too much, brings all of it to the disk, and gives it its name in one
-step; what had that name before is there until then, and gone after it.
+What arrives lies in `.launcher-partial-<name>` beside the unit's place. It belongs to one command at a time, the one
+that says `--token`: `.launcher-lease-<name>` holds its token, and is as old as its last piece. Another command is
+refused while that is young, or takes it over with `--take`; then the first one is. A piece is written when all of it
+has come and its hash is right; `ready` tells which are there, by reading them again, so that a transfer that was cut
+goes on where it was. `show` looks that nothing is missing or too much, brings all of it to the disk, and gives it its
+name in one step; what had that name before is there until then, and gone after it.
 
 Every path is opened name by name without following links, and only plain files with one name are written: a tree that
 somebody else may write to cannot lead anywhere else. All but `read` answer with one line of JSON; {"error": …} with
@@ -32,12 +34,15 @@ import os
 import select
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 PIECE = 8 * 1024 * 1024
 PARTIAL = ".launcher-partial-"
 OLD = ".launcher-old-"
+LEASE = ".launcher-lease-"
+LASTS = 60.0  # seconds after which nobody is thought to be there any more
 STALLED = 300.0  # seconds in which nobody takes what is read: the other side is gone
 LONGEST_PATH = 1024
 LONGEST_LINE = 256 * 1024 * 1024
@@ -50,19 +55,71 @@ class Refused(Exception):
     """What must not be done, in words."""
 
 
+class Held(Refused):
+    """Somebody else's, by the token of that command and the seconds since it last did something."""
+
+    def __init__(self, token: str, age: float) -> None:
+        super().__init__("another command is bringing this there")
+        self.token, self.age = token, age
+
+
+class Lease:
+    """To whom what arrives belongs."""
+
+    def __init__(self, root: str, unit: str, *, token: str) -> None:
+        self.root, (self.above, self.name) = root, split(unit)
+        self.token = token
+
+    def hold(self, *, take: bool, first: bool) -> None:
+        """Make it ours, or see that it still is."""
+        with folder(self.root, self.above, make=first or take) as parent:
+            owner, age = self._read(parent)
+            if owner not in ("", self.token) and not take and (age < LASTS or not first):
+                raise Held(owner, age)
+            if owner != self.token:
+                put_text(parent, LEASE + self.name, self.token)
+
+    def renew(self) -> None:
+        """It is still being worked on; refused when somebody took it over."""
+        with folder(self.root, self.above) as parent:
+            owner, age = self._read(parent)
+            if owner != self.token:
+                raise Held(owner, age)
+            os.utime(LEASE + self.name, dir_fd=parent, follow_symlinks=False)
+
+    def end(self, parent: int) -> None:
+        """Nobody's any more."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(LEASE + self.name, dir_fd=parent)
+
+    def _read(self, parent: int) -> tuple[str, float]:
+        try:
+            with plain(parent, LEASE + self.name, os.O_RDONLY) as file:
+                return os.read(file, 1024).decode(errors="replace"), time.time() - os.fstat(file).st_mtime
+        except FileNotFoundError:
+            return "", 0.0
+
+
 def main(argv: list[str]) -> int:
     """Do what is asked, and say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["read", "ready", "write", "copy", "show", "drop"])
     parser.add_argument("unit")
     parser.add_argument("--below", default=os.environ.get("LAUNCHER_CHECKPOINTS", ""))
+    parser.add_argument("--token", default="")
+    parser.add_argument("--take", action="store_true")
     asked = parser.parse_args(argv)
     os.umask(0o022)
     try:
         if asked.verb == "read":
             read(asked.below or ".", asked.unit)
             return 0
-        print(json.dumps(VERBS[asked.verb](asked.below or ".", asked.unit)))
+        lease = Lease(asked.below or ".", asked.unit, token=asked.token)
+        lease.hold(take=asked.take or asked.verb == "drop", first=asked.verb == "ready")
+        print(json.dumps(VERBS[asked.verb](asked.below or ".", asked.unit, lease)))
+    except Held as held:
+        print(json.dumps({"error": str(held), "held": held.token, "age": held.age}), flush=True)
+        sys.exit(1)
     except Refused as error:
         complain(str(error))
     except OSError as error:
@@ -112,12 +169,15 @@ def give(chunk: bytes) -> None:
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def ready(root: str, unit: str) -> dict[str, Any]:
+def ready(root: str, unit: str, lease: Lease) -> dict[str, Any]:
     """Make the partial folder hold nothing but what is wanted; tells which pieces of it are there, and what is free."""
     wanted = json.load(sys.stdin.buffer)
     with partial(root, unit, make=True) as place:
         prune(place, wanted)
-        have = {path: there(place, path, length) for path, length in wanted.items()}
+        have = {}
+        for path, length in wanted.items():
+            lease.renew()
+            have[path] = there(place, path, length)
         system = os.fstatvfs(place)
         return {"have": have, "free": system.f_bavail * system.f_frsize}
 
@@ -158,7 +218,7 @@ def prune(place: int, wanted: dict[str, int], *, below: str = "") -> None:
             os.unlink(entry.name, dir_fd=place)
 
 
-def write(root: str, unit: str) -> dict[str, Any]:
+def write(root: str, unit: str, lease: Lease) -> dict[str, Any]:
     """Take pieces from standard input; one whose hash is not right is not written, and told."""
     line = sys.stdin.buffer.readline(LONGEST_LINE)
     pieces = json.loads(line)["pieces"]
@@ -174,12 +234,13 @@ def write(root: str, unit: str) -> dict[str, Any]:
             if hashlib.sha256(chunk).hexdigest() != sha256:
                 bad.append([path, offset])
                 continue
+            lease.renew()
             put(place, path, offset, chunk)
             written += length
     return {"bad": bad, "written": written, "cut": False}
 
 
-def copy(root: str, unit: str) -> dict[str, Any]:
+def copy(root: str, unit: str, lease: Lease) -> dict[str, Any]:
     """Take pieces from another unit of this folder."""
     asked = json.load(sys.stdin.buffer)
     bad: list[list[object]] = []
@@ -191,6 +252,7 @@ def copy(root: str, unit: str) -> dict[str, Any]:
             if hashlib.sha256(chunk).hexdigest() != sha256:
                 bad.append([path, offset])
                 continue
+            lease.renew()
             put(place, path, offset, chunk)
             written += length
     return {"bad": bad, "written": written, "cut": False}
@@ -211,7 +273,7 @@ def put(place: int, path: str, offset: int, chunk: bytes) -> None:
 # --- showing -------------------------------------------------------------------------------------------------------
 
 
-def show(root: str, unit: str) -> dict[str, Any]:
+def show(root: str, unit: str, lease: Lease) -> dict[str, Any]:
     """Give the partial folder its name, if it holds exactly what it shall."""
     asked = json.load(sys.stdin.buffer)
     above, name = split(unit)
@@ -228,11 +290,13 @@ def show(root: str, unit: str) -> dict[str, Any]:
             for path, text in asked["texts"].items():
                 put_text(place, path, text)
             sync_folders(place)
+        lease.renew()
         exchange(parent, PARTIAL + name, name)
         for path, text in asked.get("beside", {}).items():
             put_text(parent, path, text)
         os.fsync(parent)
         erase(parent, OLD + name)
+        lease.end(parent)
     return {"shown": unit}
 
 
@@ -279,11 +343,12 @@ def exchange(parent: int, new: str, name: str) -> None:
     os.rename(new, name, src_dir_fd=parent, dst_dir_fd=parent)
 
 
-def drop(root: str, unit: str) -> dict[str, Any]:
+def drop(root: str, unit: str, lease: Lease) -> dict[str, Any]:
     """Remove what was never shown, and the folders that were made for it."""
     above, name = split(unit)
     with contextlib.suppress(FileNotFoundError), folder(root, above) as parent:
         erase(parent, PARTIAL + name)
+        lease.end(parent)
     names = above.split("/") if above else []
     while names:
         with contextlib.suppress(FileNotFoundError), folder(root, "/".join(names[:-1])) as parent:

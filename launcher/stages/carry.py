@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import queue
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from typing import Any
 
 from cluster.command import Command, Result
 from cluster.engine import Engine
-from cluster.errors import CommandError, IntegrityError, NodeError
+from cluster.errors import CommandError, IntegrityError, LockedError, NodeError
 from cluster.fleet import Machine, each
 from cluster.local import LocalTransport
 from cluster.transport import Transport
@@ -52,6 +54,10 @@ class Place:
         text = _source(name)
         return self.python("-c", _BEGIN, str(len(text)), *arguments, *below, stdin=text + stdin)
 
+    def carrier(self, verb: str, unit: str, *, stdin: bytes = b"", take: bool = False) -> Command:
+        """`inside/carry.py`, for what arrives at this place on behalf of this very command."""
+        return self.program("carry.py", verb, unit, "--token", token(), *(("--take",) if take else ()), stdin=stdin)
+
     def python(self, *arguments: str, stdin: bytes = b"") -> Command:
         """Python, to be run there."""
         if self.engine is None:
@@ -61,6 +67,12 @@ class Place:
     def ask(self, command: Command) -> Result:
         """Run it to its end, however long that takes."""
         return self.transport.send(command, (command.stdin,))
+
+
+@functools.cache
+def token() -> str:
+    """Whose what arrives is: this process, by its machine and number, and by chance."""
+    return f"{os.uname().nodename}:{os.getpid()}:{secrets.token_hex(4)}"
 
 
 def place_of(machine: Machine, container: str) -> Place:
@@ -169,7 +181,7 @@ def _stream(
     def take(target: Place) -> tuple[tuple[str, int], ...]:
         pipe = pipes[target.name]
 
-        command = target.program("carry.py", "write", to, stdin=head)
+        command = target.carrier("write", to, stdin=head)
 
         def chunks() -> Iterator[bytes]:
             yield command.stdin
@@ -326,8 +338,30 @@ def _make(place: Place, argv: Sequence[str], *, stdin: bytes = b"") -> None:
     raise CommandError(place.name, f"the checkpoint could not be converted: {what}", detail=said.tail(8)[:-1])
 
 
-def _ask(place: Place, verb: str, unit: str, asked: Mapping[str, object]) -> dict[str, Any]:
-    return _answer(place, place.ask(place.program("carry.py", verb, unit, stdin=json.dumps(asked).encode())))
+def _ask(place: Place, verb: str, unit: str, asked: Mapping[str, object], *, take: bool = False) -> dict[str, Any]:
+    stdin = json.dumps(asked).encode()
+    said = place.ask(place.carrier(verb, unit, stdin=stdin, take=take))
+    try:
+        return _answer(place, said)
+    except LockedError as held:
+        # An owner that is proven dead holds nothing; one on another machine cannot be asked.
+        if take or verb != "ready" or not _is_dead(held):
+            raise
+        return _ask(place, verb, unit, asked, take=True)
+
+
+def _is_dead(held: LockedError) -> bool:
+    host, _, rest = str(held.detail[0]).removeprefix("held by ").partition(":")
+    pid = rest.partition(":")[0]
+    if host != os.uname().nodename or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _answer(place: Place, said: Result) -> dict[str, Any]:
@@ -337,6 +371,13 @@ def _answer(place: Place, said: Result) -> dict[str, Any]:
         answer = {"error": "the transfer ended without an answer"}
     if "error" not in answer:
         return answer
+    if "held" in answer:
+        raise LockedError(
+            str(answer["error"]),
+            where=f"node {place.name}",
+            detail=(f"held by {answer['held']}", f"it last did something {float(answer['age']):.0f} s ago"),
+            next_step="wait for it; a minute after it was killed this works",
+        )
     raise CommandError(
         place.name,
         str(answer["error"]),

@@ -23,9 +23,11 @@ UNIT = "gathered/run/step-1"
 PARTIAL = "gathered/run/.launcher-partial-step-1"
 
 
-def call(root: Path, verb: str, unit: str = UNIT, *, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def call(
+    root: Path, verb: str, unit: str = UNIT, *words: str, stdin: bytes = b"", owner: str = "ours"
+) -> subprocess.CompletedProcess[bytes]:
     """As a node runs it: the text alone."""
-    argv = [sys.executable, "-I", "-c", SOURCE, verb, unit, "--below", str(root)]
+    argv = [sys.executable, "-I", "-c", SOURCE, verb, unit, "--below", str(root), "--token", owner, *words]
     return subprocess.run(argv, input=stdin, capture_output=True, check=False)
 
 
@@ -176,6 +178,39 @@ def test_bytes_are_read_in_the_order_in_which_they_are_asked_for(tmp_path: Path)
     assert (done.returncode, done.stdout) == (0, b"bbbb" + bytes(range(10, 15)) + b"\0")
     short = call(tmp_path, "read", stdin=b'[["a.pt", 2500, 100]]')
     assert (short.returncode, b"ends before its end" in short.stderr) == (1, True)
+
+
+# F46, F48, F49: of two commands that bring the same to the same place one does
+
+
+def test_f46_what_somebody_brings_is_his_while_he_is_there(tmp_path: Path) -> None:
+    arrive(tmp_path)
+    for verb, asked in (("ready", sizes(FILES)), ("show", {"files": sizes(FILES), "texts": {}}), ("copy", {})):
+        done = call(tmp_path, verb, stdin=json.dumps(asked).encode(), owner="theirs")
+        answer = json.loads(done.stdout)
+        assert (done.returncode, answer["held"], answer["age"] < carry.LASTS) == (1, "ours", True)
+    assert json.loads(call(tmp_path, "write", stdin=message(rows(FILES)), owner="theirs").stdout)["held"] == "ours"
+    assert show(tmp_path) == {"shown": UNIT}
+    assert names(tmp_path / "gathered/run") == ["step-1"]
+
+
+def test_f48_who_has_done_nothing_for_a_while_holds_nothing(tmp_path: Path) -> None:
+    arrive(tmp_path)
+    lease = tmp_path / "gathered/run/.launcher-lease-step-1"
+    long_ago = lease.stat().st_mtime - carry.LASTS - 1
+    os.utime(lease, (long_ago, long_ago))
+    done = call(tmp_path, "ready", stdin=json.dumps(sizes(FILES)).encode(), owner="theirs")
+    assert done.returncode == 0
+    assert len(json.loads(done.stdout)["have"]["a.pt"]) == 1
+
+
+def test_f49_who_lost_it_writes_nothing_any_more(tmp_path: Path) -> None:
+    ask(tmp_path, "ready", sizes(FILES))
+    done = call(tmp_path, "ready", UNIT, "--take", stdin=json.dumps({"a.pt": 3}).encode(), owner="theirs")
+    assert done.returncode == 0
+    assert write(tmp_path, rows(FILES))["held"] == "theirs"
+    assert show(tmp_path)["held"] == "theirs"
+    assert tree(tmp_path / PARTIAL) == {}
 
 
 # F52, S14: a folder that somebody else may write to

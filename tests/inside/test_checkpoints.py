@@ -16,7 +16,7 @@ import pytest
 from cluster.command import Command, Result
 from cluster.container import LABEL_CLUSTER, LABEL_NODE, LABEL_OWNER, LABEL_ROLE, ContainerSpec
 from cluster.document import read
-from cluster.errors import CommandError, InputError, IntegrityError, PreconditionError, UnreachableError
+from cluster.errors import CommandError, InputError, IntegrityError, LockedError, PreconditionError, UnreachableError
 from cluster.fleet import Machine
 from cluster.inventory import read_inventory
 from cluster.local import LocalTransport
@@ -257,6 +257,32 @@ def test_f51_one_dropped_line_costs_at_most_a_piece(large: Site) -> None:
     gathering.gather(large.now, to=str(to))
     assert large.tree(to / GATHERED) == large.whole()
     assert line.carried - size <= 0.05 * size + shards.PIECE
+
+
+def lease(site: Site, token: str) -> Path:
+    folder = site.home / "kept/gathered" / kept.RUN
+    folder.mkdir(parents=True)
+    file = folder / ".launcher-lease-step-00000004"
+    file.write_text(token)
+    return file
+
+
+def test_f46_two_gathers_to_one_place_do_not_meet(site: Site) -> None:
+    file = lease(site, "elsewhere:1:0123")
+    with pytest.raises(LockedError, match="another command is bringing this there") as caught:
+        gathering.gather(site.now, to=str(site.home / "kept"))
+    assert caught.value.exit_code == 7
+    assert caught.value.detail[0] == "held by elsewhere:1:0123"
+    assert file.read_text() == "elsewhere:1:0123"
+    # One that lives here, as this test does; and one that is proven dead.
+    file.write_text(f"{os.uname().nodename}:{os.getpid()}:0123")
+    with pytest.raises(LockedError):
+        gathering.gather(site.now, to=str(site.home / "kept"))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    file.write_text(f"{os.uname().nodename}:{gone.pid}:0123")
+    gathering.gather(site.now, to=str(site.home / "kept"))
+    assert not file.exists()
 
 
 def test_f50_what_changed_since_is_named_and_nothing_is_shown(site: Site) -> None:
