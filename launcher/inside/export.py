@@ -480,6 +480,8 @@ def read_folder(folder: Path, *, allowed: frozenset[str], complete: bool) -> Par
     names = {rank: f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in expected}
     if stage < PARTITIONED_STAGE:
         names = {0: "mp_rank_00_model_states.pt"}
+    for name in sorted(models - set(names.values())):
+        raise Refusal(f"{folder / name}: is foreign: there is no shard of stage {stage} that belongs to it")
     here = {rank: name for rank, name in names.items() if complete or stage >= PARTITIONED_STAGE or name in models}
     found = {
         rank: read_model(folder / name, stage=stage, first=rank == 0 and 0 in optim, allowed=allowed)
@@ -1127,32 +1129,43 @@ def split(sizes: Mapping[str, int], same: Mapping[str, int], *, limit: int) -> t
 class Landing:
     """Where files grow until all are whole; when that fails nothing of it remains.
 
-    A folder that does not exist yet appears as a whole; in one that exists the files appear one by one, in order.
+    A folder that does not exist yet appears as a whole; in one that exists the files appear one by one, in order. With
+    `name` (of the only file) the folder is made if need be, and others may write there at the same time.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, name: str = "") -> None:
         self.out = out
         if out.exists() and not out.is_dir():
             raise Refusal(f"{out}: is no folder", code=BAD_INPUT)
-        self.work = out / ".export.partial" if out.exists() else out.with_name(f"{out.name}.partial")
+        inside = name or out.exists()
+        self.work = out / f".{name or 'export'}.partial" if inside else out.with_name(f"{out.name}.partial")
         self.made: list[Path] = []
         self.files: list[Path] = []
+        self.lock: int | None = None
 
     def __enter__(self) -> Landing:
         self.made = [path for path in (self.work, *self.work.parents) if not path.exists()]
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(self.work, os.O_RDONLY)
-        except OSError as error:
-            raise Refusal(f"{self.work}: {error.strerror}", code=NO_ROOM) from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.lock)
-            raise Refusal(f"{self.work}: another export writes there now", code=LOCKED) from None
-        for left in self.work.iterdir():  # by an export that was killed
-            left.unlink()
+            with self.guard(self.work):
+                self._take()
+        except BaseException:
+            self._leave_nothing()
+            raise
         return self
+
+    def _take(self) -> None:
+        """Make the folder ours. What is in it was left by an export that was killed."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.work, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"{self.work}: another export writes there now", code=LOCKED) from None
+        except OSError:
+            pass  # there are file systems without locks
+        self.lock = descriptor
+        for left in self.work.iterdir():
+            left.unlink()
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
@@ -1197,12 +1210,19 @@ class Landing:
         self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            ignore_signals()
+            self._leave_nothing()
+        elif self.lock is not None:
+            os.close(self.lock)
+
+    def _leave_nothing(self) -> None:
+        """Remove what we made, and nothing of another's."""
+        ignore_signals()
+        if self.lock is not None:
             shutil.rmtree(self.work, ignore_errors=True)
-            for path in self.made[1:]:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-        os.close(self.lock)
+            os.close(self.lock)
+        for path in self.made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def sync(folder: Path) -> None:
@@ -1332,7 +1352,7 @@ def extract(given: argparse.Namespace, progress: Progress) -> None:
         except OSError as error:
             raise Refusal(f"standard output: {error.strerror}", code=NO_ROOM) from None
     else:
-        with Landing(given.out.parent) as landing:
+        with Landing(given.out.parent, name=given.out.name) as landing:
             landing.room_for(total)
             with landing.file(given.out.name) as raw:
                 write(raw.fileno())
