@@ -109,3 +109,5 @@ bench: setup ## Measure: from `launcher run` to the first line of the job, besid
 	@.ci/machine bash -euo pipefail -c '\
 	    trap "$(PY) -m tests.testbed.lab down --prefix bench" EXIT; \
 	    $(PY) -m tests.benchmarks.launch --prefix bench $(BENCH_OPTIONS)'
+
+bench-export: setup ; $(PY) -m tests.benchmarks.export $(BENCH_OPTIONS) ## Measure: exporting a checkpoint, beside DeepSpeed's zero_to_fp32

@@ -150,14 +150,14 @@ class Lying:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    """A tensor as it is to be written: its bytes, one stretch after the other.
+    """A tensor as it is to be written: its bytes, one stretch after the other, told when they are needed.
 
     Where `strides` is set, the only stretch is what the tensor spans, and must be put into order.
     """
 
     dtype: Dtype
     shape: Shape
-    stretches: tuple[Stretch, ...]
+    stretches: Callable[[], Iterable[Stretch]]
     strides: Shape | None = None
     parameter: bool = False
 
@@ -184,10 +184,11 @@ def whole(lying: Lying, *, parameter: bool = False) -> Whole:
     """A tensor that lies in one piece."""
     straight = lying.contiguous
     length = lying.numel if straight else span(lying.shape, lying.strides)
+    only = Stretch(lying.file, lying.start, length * lying.dtype.size)
     return Whole(
         dtype=lying.dtype,
         shape=lying.shape,
-        stretches=(Stretch(lying.file, lying.start, length * lying.dtype.size),) if length else (),
+        stretches=lambda: (only,),
         strides=None if straight else lying.strides,
         parameter=parameter,
     )
@@ -213,8 +214,6 @@ class Flats:
 
     def cut(self, start: int, count: int) -> Iterator[Stretch]:
         """`count` elements from `start` on."""
-        if start + count > self.numel:
-            raise Refusal(f"{self.flats[-1].file if self.flats else 'the shards'}: too short for {self.of}")
         at = bisect.bisect_right(self.ends, start)
         while count:
             flat = self.flats[at]
@@ -396,6 +395,8 @@ def read_shard(file: Path, *, allowed: frozenset[str]) -> dict[str, Any]:
             content = unpickle(archive, raw, file=file, allowed=allowed)
     except FileNotFoundError:
         raise Refusal(f"{file}: is missing") from None
+    except OSError as error:
+        raise Refusal(f"{file}: cannot be read: {error.strerror or error}") from None
     except Refusal as refusal:
         raise Refusal(f"{file}: {refusal}", code=refusal.code) from None
     except Exception as error:  # bytes that are no checkpoint can fail in any way
@@ -480,6 +481,8 @@ def read_folder(folder: Path, *, allowed: frozenset[str], complete: bool) -> Par
     names = {rank: f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in expected}
     if stage < PARTITIONED_STAGE:
         names = {0: "mp_rank_00_model_states.pt"}
+    for name in sorted(models - set(names.values())):
+        raise Refusal(f"{folder / name}: is foreign: there is no shard of stage {stage} that belongs to it")
     here = {rank: name for rank, name in names.items() if complete or stage >= PARTITIONED_STAGE or name in models}
     found = {
         rank: read_model(folder / name, stage=stage, first=rank == 0 and 0 in optim, allowed=allowed)
@@ -711,12 +714,12 @@ def frozen(part: Part, model: Model) -> Iterator[tuple[str, Whole]]:
             yield name, whole(pieces[0], parameter=True)
         else:
             flats = Flats(pieces, of=name)
-            yield name, made(shape, pieces[0].dtype, flats.cut(0, numel))
+            yield name, made(shape, pieces[0].dtype, functools.partial(flats.cut, 0, numel))
 
 
-def made(shape: Shape, dtype: Dtype, stretches: Iterable[Stretch]) -> Whole:
+def made(shape: Shape, dtype: Dtype, stretches: Callable[[], Iterable[Stretch]]) -> Whole:
     """A parameter out of pieces."""
-    return Whole(dtype=dtype, shape=shape, stretches=tuple(stretches), parameter=True)
+    return Whole(dtype=dtype, shape=shape, stretches=stretches, parameter=True)
 
 
 def flattened(part: Part, model: Model) -> Iterator[tuple[str, Whole]]:
@@ -733,8 +736,11 @@ def flattened(part: Part, model: Model) -> Iterator[tuple[str, Whole]]:
         at = 0
         for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
             numel = math.prod(shape)
-            yield name, made(shape, flats.flats[0].dtype, flats.cut(at, numel))
-            at += numel + padding
+            yield name, made(shape, flats.flats[0].dtype, functools.partial(flats.cut, at, numel))
+            at += numel
+            if at > flats.numel:
+                raise Refusal(f"{ranks[-1].label}: is too short for {name}")
+            at += padding
         # The end is padded to twice the world size, or the padding was taken off.
         step = 2 * part.world_size
         if -(-at // step) != -(-flats.numel // step):
@@ -747,15 +753,19 @@ def partitioned(part: Part, model: Model) -> Iterator[tuple[str, Whole]]:
     shapes = {name: shape for group in model.shapes for name, shape in group.items()}
     at = 0
     for name, shape in shapes.items():
-        numel, each = math.prod(shape), share(shape, part.world_size)
-        lengths = [max(0, min(each, numel - rank * each)) for rank in range(part.world_size)]
-        stretches = itertools.chain.from_iterable(
-            flat.cut(at, length) for flat, length in zip(flats, lengths, strict=True)
-        )
-        yield name, made(shape, flats[0].flats[0].dtype, stretches)
-        at += each
+        yield name, made(shape, flats[0].flats[0].dtype, functools.partial(shares, flats, at, math.prod(shape)))
+        at += share(shape, part.world_size)
     if at != flats[0].numel:
         raise Refusal(f"{part.label}: a rank holds {flats[0].numel} elements, its shares of the parameters are {at}")
+
+
+def shares(flats: Sequence[Flats], at: int, numel: int) -> Iterator[Stretch]:
+    """A parameter of `numel` elements, whose shares begin at `at` in every rank's partition."""
+    each = share((numel,), len(flats))
+    for flat in flats:
+        length = min(each, numel)
+        yield from flat.cut(at, length)
+        numel -= length
 
 
 def share(shape: Shape, world_size: int) -> int:
@@ -907,7 +917,10 @@ class Shards:
             chunk = self.buffer[: stretch.length - at]
             filled = 0
             while filled < len(chunk):
-                count = os.preadv(self._descriptor(stretch.file), [chunk[filled:]], stretch.start + at + filled)
+                try:
+                    count = os.preadv(self._descriptor(stretch.file), [chunk[filled:]], stretch.start + at + filled)
+                except OSError as error:
+                    raise Refusal(f"{stretch.file}: cannot be read: {error.strerror}") from None
                 if not count:
                     raise Refusal(f"{stretch.file}: became shorter while it was read")
                 filled += count
@@ -923,7 +936,7 @@ class Shards:
 
     def bytes_of(self, tensor: Whole, dtype: Dtype) -> Iterator[memoryview]:
         """A tensor's bytes as numbers of `dtype`, each rounded once."""
-        chunks: Iterator[memoryview] = itertools.chain.from_iterable(map(self.chunks, tensor.stretches))
+        chunks: Iterator[memoryview] = itertools.chain.from_iterable(map(self.chunks, tensor.stretches()))
         if tensor.strides is not None:
             chunks = iter([ordered(bytearray().join(chunks), tensor)])
         for chunk in chunks:
@@ -1127,32 +1140,43 @@ def split(sizes: Mapping[str, int], same: Mapping[str, int], *, limit: int) -> t
 class Landing:
     """Where files grow until all are whole; when that fails nothing of it remains.
 
-    A folder that does not exist yet appears as a whole; in one that exists the files appear one by one, in order.
+    A folder that does not exist yet appears as a whole; in one that exists the files appear one by one, in order. With
+    `name` (of the only file) the folder is made if need be, and others may write there at the same time.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, name: str = "") -> None:
         self.out = out
         if out.exists() and not out.is_dir():
             raise Refusal(f"{out}: is no folder", code=BAD_INPUT)
-        self.work = out / ".export.partial" if out.exists() else out.with_name(f"{out.name}.partial")
+        inside = name or out.exists()
+        self.work = out / f".{name or 'export'}.partial" if inside else out.with_name(f"{out.name}.partial")
         self.made: list[Path] = []
         self.files: list[Path] = []
+        self.lock: int | None = None
 
     def __enter__(self) -> Landing:
         self.made = [path for path in (self.work, *self.work.parents) if not path.exists()]
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(self.work, os.O_RDONLY)
-        except OSError as error:
-            raise Refusal(f"{self.work}: {error.strerror}", code=NO_ROOM) from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.lock)
-            raise Refusal(f"{self.work}: another export writes there now", code=LOCKED) from None
-        for left in self.work.iterdir():  # by an export that was killed
-            left.unlink()
+            with self.guard(self.work):
+                self._take()
+        except BaseException:
+            self._leave_nothing()
+            raise
         return self
+
+    def _take(self) -> None:
+        """Make the folder ours. What is in it was left by an export that was killed."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.work, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(f"{self.work}: another export writes there now", code=LOCKED) from None
+        except OSError:
+            pass  # there are file systems without locks
+        self.lock = descriptor
+        for left in self.work.iterdir():
+            left.unlink()
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
@@ -1197,12 +1221,19 @@ class Landing:
         self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            ignore_signals()
+            self._leave_nothing()
+        elif self.lock is not None:
+            os.close(self.lock)
+
+    def _leave_nothing(self) -> None:
+        """Remove what we made, and nothing of another's."""
+        ignore_signals()
+        if self.lock is not None:
             shutil.rmtree(self.work, ignore_errors=True)
-            for path in self.made[1:]:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-        os.close(self.lock)
+            os.close(self.lock)
+        for path in self.made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def sync(folder: Path) -> None:
@@ -1332,7 +1363,7 @@ def extract(given: argparse.Namespace, progress: Progress) -> None:
         except OSError as error:
             raise Refusal(f"standard output: {error.strerror}", code=NO_ROOM) from None
     else:
-        with Landing(given.out.parent) as landing:
+        with Landing(given.out.parent, name=given.out.name) as landing:
             landing.room_for(total)
             with landing.file(given.out.name) as raw:
                 write(raw.fileno())

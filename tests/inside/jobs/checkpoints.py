@@ -97,19 +97,26 @@ def save(
             masters[key] = safe_get_full_fp32_param(weight).detach().clone()
     if engine.global_rank == 0:
         torch.save(masters, folder / "masters.pt")
-        read_theirs(folder, Odd(tied=tied))
+        read_theirs(folder, fresh(tied=tied))
         for options in files:
             write_theirs(folder, *options)
     engine.destroy()
     distributed.barrier()
 
 
-def read_theirs(folder: Path, fresh: Any) -> None:
+def fresh(*, tied: bool = True) -> Odd:
+    """A model to load into; nothing can be copied into a buffer whose numbers lie on each other."""
+    model = Odd(tied=tied)
+    model.spread = model.spread.clone()
+    return model
+
+
+def read_theirs(folder: Path, model: Any) -> None:
     """What DeepSpeed makes of it."""
     checkpoint = str(folder / "checkpoint")
     try:
         theirs = get_fp32_state_dict_from_zero_checkpoint(checkpoint)
-        loaded = load_state_dict_from_zero_checkpoint(fresh, checkpoint).state_dict()
+        loaded = load_state_dict_from_zero_checkpoint(model, checkpoint).state_dict()
     except Exception as error:  # noqa: BLE001 - the reason is what is asked for
         theirs = loaded = {"refused": str(error)}
     torch.save(theirs, folder / "theirs.pt")
@@ -144,7 +151,7 @@ def save_by_accelerate(out: Path) -> None:
     folder = out / "accelerate"
     accelerator.save_state(str(folder / "checkpoint"))
     if accelerator.is_main_process:
-        read_theirs(folder, Odd())
+        read_theirs(folder, fresh())
     accelerator.wait_for_everyone()
 
 
