@@ -9,10 +9,16 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
+from cluster.archive import Archive, compose, unpack
 from cluster.engine import Engine
-from cluster.errors import ImageError
-from cluster.fleet import Machine, each
+from cluster.errors import ImageError, NodeError
+from cluster.fleet import Answers, Machine, each
+from cluster.layers import Held, shared
+from cluster.registry import USER, receiving
+from cluster.shelf import Shelf
+from launcher.delta import batches, choose_source
 
 Progress = Callable[[str, int, int], None]  # node, bytes that it has taken, bytes in all (about)
 # A slow node may lag this many chunks (1 MiB each) behind the source before it slows the others down.
@@ -25,14 +31,103 @@ def lacking(digests: Mapping[str, str | None], wanted: str) -> tuple[str, ...]:
 
 
 def ship_image(
-    source: Engine, machines: Sequence[Machine], *, tag: str, digest: str, progress: Progress
+    source: Engine,
+    machines: Sequence[Machine],
+    *,
+    tag: str,
+    digest: str,
+    progress: Progress,
+    shelf: Shelf | None = None,
 ) -> Mapping[str, int]:
     """Send the image to these machines; gives back the bytes that each one took.
 
-    The source is read once, however many take it. One that fails does not hold the others up.
+    With a shelf, on which layers are kept from one time to the next, only the layers that a machine lacks travel. One
+    machine that fails does not hold the others up.
     """
     if not machines:
         return {}
+    image = source.image(digest)
+    if shelf is None or image is None or not image.layers or not source.takes_parts():
+        return _stream(source, machines, tag=tag, digest=digest, progress=progress)
+    sent: dict[str, int] = {}
+    failed: dict[str, NodeError] = {}
+    looked = each(machines, lambda machine: _have(machine, image))
+    failed |= looked.bad
+    for batch in batches(looked.good):
+        archive = read_layers(source, image, shelf, have=batch.have)
+        takers = [machine for machine in machines if machine.name in batch.nodes]
+        answers = _direct(archive, takers, tag=tag, digest=digest, progress=progress)
+        sent |= answers.good
+        failed |= answers.bad
+    shelf.trim(keep=image.layers)
+    return Answers(good=sent, bad=failed).all_or_raise()
+
+
+def read_layers(source: Engine, image: Held, shelf: Shelf, *, have: int) -> Archive:
+    """An archive of the image without its first `have` layers; what is not on the shelf is had from the engine."""
+    wanted = image.layers[have:]
+    if not _is_kept(shelf, image, wanted) and choose_source(have=have) == "push":
+        with suppress(ImageError), receiving(shelf, wanted=wanted) as registry:
+            source.push(image.id, reference=registry.reference, user=USER, secret=registry.secret)
+        # An engine that cannot reach us (rootless, in a network of its own) can still save.
+    if not _is_kept(shelf, image, wanted):
+        unpacked = unpack(source.save(image.id), shelf.put, where=f"node {source.node}")
+        if unpacked.digest != image.id:
+            raise ImageError(source.node, f"the engine saved another image than {image.id}: {unpacked.digest}")
+        shelf.put_config(unpacked.config)
+    config = shelf.config(image.id)
+    files = [None] * have + [shelf.layer(layer) for layer in wanted]
+    if config is None or None in files[have:]:
+        raise ImageError(source.node, "the layers that were read are gone again", next_step="run it again")
+    return compose(config, image.layers, files)
+
+
+def _is_kept(shelf: Shelf, image: Held, wanted: Sequence[str]) -> bool:
+    return shelf.config(image.id) is not None and all(shelf.layer(layer) for layer in wanted)
+
+
+def _have(machine: Machine, image: Held) -> int:
+    engine = machine.engine
+    return shared(image.layers, engine.held()) if engine.takes_parts() else 0
+
+
+def _direct(
+    archive: Archive, machines: Sequence[Machine], *, tag: str, digest: str, progress: Progress
+) -> Answers[int]:
+    """From here to each, all at once."""
+
+    def load(machine: Machine) -> int:
+        taken = 0
+
+        def chunks() -> Iterator[bytes]:
+            nonlocal taken
+            for chunk in archive.chunks():
+                taken += len(chunk)
+                yield chunk
+                progress(machine.name, taken, archive.size)
+
+        machine.engine.load(chunks())
+        _settle(machine, tag=tag, digest=digest)
+        return taken
+
+    return each(machines, load, width=len(machines))
+
+
+def _settle(machine: Machine, *, tag: str, digest: str) -> None:
+    """Give the image its name, if it is the one that was meant."""
+    if machine.engine.image_id(digest) != digest:
+        raise ImageError(
+            machine.name,
+            f"the image did not arrive as {digest}",
+            next_step="let all nodes use the same image store (containerd's names images by another digest)",
+        )
+    machine.engine.tag(digest, tag)
+
+
+def _stream(
+    source: Engine, machines: Sequence[Machine], *, tag: str, digest: str, progress: Progress
+) -> Mapping[str, int]:
+    """The whole image, as the engine saves it. The source is read once, however many take it."""
     total = source.image_bytes(digest)
     pipes = {machine.name: _Pipe() for machine in machines}
     broken: list[BaseException] = []
@@ -53,14 +148,7 @@ def ship_image(
             machine.engine.load(chunks())
         finally:
             pipe.leave()
-        arrived = machine.engine.image_id(digest)
-        if arrived != digest:
-            raise ImageError(
-                machine.name,
-                f"the image did not arrive as {digest}",
-                next_step="let all nodes use the same image store (containerd's names images by another digest)",
-            )
-        machine.engine.tag(digest, tag)
+        _settle(machine, tag=tag, digest=digest)
         return taken
 
     # All at once, however many they are: who has not begun to take would hold the source up.
