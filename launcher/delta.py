@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ Source = Literal["push", "save"]
 
 # Below this a transfer that breaks may begin anew, and a chain costs more than it saves: its connections take a second.
 SMALL = 48 << 20
+ENOUGH = 2  # neighbours that have failed a node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,3 +41,20 @@ def choose_source(*, have: int) -> Source:
 def choose_way(size: int, nodes: Sequence[str]) -> Way:
     """How an archive of `size` bytes gets to these nodes: to each from here, or kept on the nodes and handed on."""
     return "relay" if size * len(nodes) > SMALL else "direct"
+
+
+def order(have: Mapping[str, int]) -> tuple[str, ...]:
+    """The chain: who has most bytes already is first, so that nobody waits for a node that has less than itself."""
+    return tuple(sorted(have, key=lambda node: -have[node]))
+
+
+def next_source(node: str, chain: Sequence[str], *, able: Collection[str], tried: Collection[str]) -> str | None:
+    """From whom a node takes its bytes: the nearest before it in the chain; None for this machine.
+
+    `able` can give, `tried` have failed this node. After two of them it is fed from here: whatever keeps nodes from
+    each other, a firewall most likely, would cost a wait with each.
+    """
+    if len(tried) >= ENOUGH:
+        return None
+    before = chain[: chain.index(node)]
+    return next((one for one in reversed(before) if one in able and one not in tried), None)

@@ -13,12 +13,13 @@ from contextlib import suppress
 
 from cluster.archive import Archive, compose, unpack
 from cluster.engine import Engine
-from cluster.errors import ImageError, NodeError
+from cluster.errors import CommandError, ImageError, NodeError
 from cluster.fleet import Answers, Machine, each
 from cluster.layers import Held, shared
 from cluster.registry import USER, receiving
 from cluster.shelf import Shelf
-from launcher.delta import batches, choose_source
+from launcher.delta import batches, choose_source, choose_way
+from launcher.stages.relay import Road, relay
 
 Progress = Callable[[str, int, int], None]  # node, bytes that it has taken, bytes in all (about)
 # A slow node may lag this many chunks (1 MiB each) behind the source before it slows the others down.
@@ -38,11 +39,12 @@ def ship_image(
     digest: str,
     progress: Progress,
     shelf: Shelf | None = None,
+    roads: Mapping[str, Road] | None = None,
 ) -> Mapping[str, int]:
     """Send the image to these machines; gives back the bytes that each one took.
 
-    With a shelf, on which layers are kept from one time to the next, only the layers that a machine lacks travel. One
-    machine that fails does not hold the others up.
+    With a shelf, on which layers are kept from one time to the next, only the layers that a machine lacks travel; with
+    roads, much for many goes from machine to machine. One that fails does not hold the others up.
     """
     if not machines:
         return {}
@@ -56,7 +58,7 @@ def ship_image(
     for batch in batches(looked.good):
         archive = read_layers(source, image, shelf, have=batch.have)
         takers = [machine for machine in machines if machine.name in batch.nodes]
-        answers = _direct(archive, takers, tag=tag, digest=digest, progress=progress)
+        answers = _deliver(archive, takers, roads or {}, tag=tag, digest=digest, progress=progress)
         sent |= answers.good
         failed |= answers.bad
     shelf.trim(keep=image.layers)
@@ -89,6 +91,28 @@ def _is_kept(shelf: Shelf, image: Held, wanted: Sequence[str]) -> bool:
 def _have(machine: Machine, image: Held) -> int:
     engine = machine.engine
     return shared(image.layers, engine.held()) if engine.takes_parts() else 0
+
+
+def _deliver(
+    archive: Archive,
+    machines: Sequence[Machine],
+    roads: Mapping[str, Road],
+    *,
+    tag: str,
+    digest: str,
+    progress: Progress,
+) -> Answers[int]:
+    """The quickest way; a node that cannot keep an archive in a file is sent it straight into its engine."""
+    able = [machine for machine in machines if machine.name in roads]
+    if choose_way(archive.size, [machine.name for machine in able]) == "direct":
+        return _direct(archive, machines, tag=tag, digest=digest, progress=progress)
+    relayed = relay(archive, able, roads, progress)
+    settled = each([one for one in able if one.name in relayed.good], lambda one: _settle(one, tag=tag, digest=digest))
+    lost = {node: error for node, error in relayed.bad.items() if not isinstance(error, CommandError | ImageError)}
+    left = [one for one in machines if one.name not in relayed.good and one.name not in lost]
+    direct = _direct(archive, left, tag=tag, digest=digest, progress=progress)
+    good = {node: taken for node, taken in relayed.good.items() if node in settled.good}
+    return Answers(good={**good, **direct.good}, bad={**lost, **settled.bad, **direct.bad})
 
 
 def _direct(

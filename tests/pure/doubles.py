@@ -331,6 +331,9 @@ class FileTransport:
             time.sleep(0.001)
         return -1
 
+    def pipe(self, command: Command, chunks: Iterable[bytes], sink: Sink) -> int:
+        raise NotImplementedError
+
     def interact(self, command: Command, *, tty: bool) -> int:
         raise NotImplementedError
 
