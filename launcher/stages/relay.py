@@ -44,9 +44,10 @@ say() { printf 'launcher: %s\n' "$*"; }
 size() { stat -c %s -- "$file" 2>/dev/null || echo 0; }
 end() {
   trap '' HUP INT TERM PIPE
-  [ -z "$keys" ] || { xargs kill < "$keys/serving"; kill 0; rm -rf -- "$keys"; } 2>/dev/null
+  [ -z "$keys" ] || rm -rf -- "$keys"
   [ -z "$done" ] || rm -f -- "$file"
   rm -f -- "$folder/lock"
+  kill 0
 }
 mkdir -p -- "$folder" || exit 74
 began() { cut -d' ' -f22 "/proc/$1/stat" 2>/dev/null; }
@@ -64,7 +65,7 @@ for place in "${XDG_RUNTIME_DIR:-}" /dev/shm "${TMPDIR:-/tmp}"; do
   [ -n "$place" ] && [ -w "$place" ] && keys=$(mktemp -d "$place/launcher-XXXXXXXXXX") && break
 done
 [ -n "$keys" ] || exit 74
-: > "$keys/serving"; : > "$keys/allowed"
+: > "$keys/allowed"
 port= host= client=
 if [ -n "$own" ]; then
   sshd=$(PATH=$PATH:/usr/sbin:/usr/local/sbin command -v sshd)
@@ -72,9 +73,18 @@ if [ -n "$own" ]; then
   then
     client=$(cut -d' ' -f2 < "$keys/client.pub")
     cat > "$keys/serve" <<'EOS'
-case ${SSH_ORIGINAL_COMMAND:-} in ''|0?*|*[!0-9]*) exit 64 ;; esac
-kill -0 "$1" && echo $$ >> "$2/serving" || exit 69
-exec tail -c "+$((SSH_ORIGINAL_COMMAND + 1))" -f -- "$3"
+# $1 the relay, $2 the file, $3 its bytes; from which byte on is what the other node asks.
+at=${SSH_ORIGINAL_COMMAND:-}
+case $at in ''|0?*|*[!0-9]*) exit 64 ;; esac
+while [ "$at" -lt "$3" ] && kill -0 "$1"; do
+  now=$(stat -c %s -- "$2") || exit
+  if [ "$now" -gt "$at" ]; then
+    dd if="$2" bs=1M iflag=skip_bytes,count_bytes skip="$at" count="$((now - at))" status=none || exit
+    at=$now
+  else
+    sleep 0.05 || sleep 1
+  fi
+done
 EOS
     quoted() { printf "'%s'" "$(printf %s "$1" | sed "s/'/'\\\\''/g")"; }
     cat > "$keys/config" <<EOS
@@ -82,7 +92,7 @@ ListenAddress $own
 HostKey $keys/host
 AuthorizedKeysFile $keys/allowed
 AuthenticationMethods publickey
-ForceCommand exec sh $(quoted "$keys/serve") $main $(quoted "$keys") $(quoted "$file")
+ForceCommand exec sh $(quoted "$keys/serve") $main $(quoted "$file") $total 2>/dev/null
 AllowUsers $(id -un)
 PermitRootLogin yes
 StrictModes no
@@ -112,6 +122,7 @@ EOS
     [ -z "$port" ] || host=$(cut -d' ' -f2 < "$keys/host.pub")
   fi
 fi
+write() { dd bs=256k iflag=fullblock,count_bytes count="$1" status=none >> "$file"; }
 fetch() {
   echo "peer ssh-ed25519 $5" > "$keys/known"
   rm -f "$keys/pipe"; mkfifo "$keys/pipe" || exit 74
@@ -124,7 +135,7 @@ fetch() {
   line=$!
   # What has come is written down before anybody goes on from there.
   trap 'kill "$line" 2>/dev/null; wait; say broken "$1" "$(size)"; exit' TERM
-  head -c "$((total - $(size)))" < "$keys/pipe" >> "$file" 2>>"$keys/said" & wait $!
+  write "$((total - $(size)))" < "$keys/pipe" 2>>"$keys/said" & wait $!
   trap '' TERM
   kill "$line" 2>/dev/null
   if [ "$(size)" -eq "$total" ]; then say whole; else say broken "$1" "$(size)" "$(tail -n 1 "$keys/said")"; fi
@@ -137,6 +148,7 @@ say ready "$(size)" "$(df -Pk -- "$folder" | awk 'NR == 2 { print $4 }')" "$(id 
     now=$(size); [ "$now" = "$last" ] || say at "$now"; last=$now
     if [ -e "$keys/tick" ]; then rm -f "$keys/tick"; silent=0; else silent=$((silent + 1)); fi
     [ "$silent" -lt 120 ] || kill "$main"
+    kill -0 "$main" 2>/dev/null || end  # it was killed, and could not put anything away
   done
 ) &
 fetching=
@@ -155,7 +167,7 @@ done
 FEED = r"""
 umask 077
 [ "$(stat -c %s -- "$1")" = "$2" ] || { echo "the file changed meanwhile" >&2; exit 1; }
-head -c "$(($3 - $2))" >> "$1" && [ "$(stat -c %s -- "$1")" = "$3" ]
+dd bs=256k iflag=fullblock,count_bytes count="$(($3 - $2))" status=none >> "$1" && [ "$(stat -c %s -- "$1")" = "$3" ]
 """
 
 # $1 file. The engine verifies every layer; what it refuses is not gone on from.
