@@ -67,14 +67,14 @@ class Archive:
             start = 0
 
 
-def compose(config: bytes, layers: Sequence[str], files: Sequence[Path | None]) -> Archive:
+def compose(config: bytes, layers: Sequence[str], files: Sequence[Path | None], *, tags: Sequence[str] = ()) -> Archive:
     """An archive of these layers (digests of their contents, the lowest first); where a file is None the engine has it.
 
-    It gives the image no name: who loads it tags it when it has been verified.
+    Without `tags` it gives the image no name: who loads it tags it when it has been verified.
     """
     named = hashlib.sha256(config).hexdigest()
     paths = [f"{layer.partition(':')[2]}/layer.tar" for layer in layers]
-    manifest = json.dumps([{"Config": f"{named}.json", "RepoTags": None, "Layers": paths}]).encode()
+    manifest = json.dumps([{"Config": f"{named}.json", "RepoTags": list(tags) or None, "Layers": paths}]).encode()
     pieces: list[bytes | Path] = [_member(MANIFEST, manifest), _member(f"{named}.json", config)]
     sizes = [len(piece) for piece in pieces if isinstance(piece, bytes)]
     told: set[str] = set()

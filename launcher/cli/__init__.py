@@ -1,6 +1,6 @@
 """The command line: parse, call, render, exit code. No logic; heavy modules are loaded by who needs them.
 
-`options` holds what the commands share; `bring`, `train`, `watch` and `config` hold the commands.
+`options` holds what the commands share; `bring`, `train`, `watch`, `config` and `images` hold the commands.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import NoReturn
 import click
 
 from cluster.errors import ClusterError, Interrupted
-from launcher.cli import bring, config, train, watch
+from launcher.cli import bring, config, images, train, watch
 from launcher.cli.options import NAME, launcher
 
-ROOMS = (bring, train, watch, config)  # importing them registers their commands
+ROOMS = (bring, train, watch, config, images)  # importing them registers their commands
 
 
 def main() -> NoReturn:

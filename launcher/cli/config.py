@@ -58,7 +58,7 @@ def config_show(cluster: str | None, node: str | None, *, as_json: bool, **asked
 
 @launcher.group(cls=Group)
 def image() -> None:
-    """The image: build it."""
+    """Images: build, send, save, load; what is where, and what may go."""
 
 
 @image.command("build")

@@ -17,14 +17,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
 
-from cluster.archive import Archive
 from cluster.command import Result, script
 from cluster.errors import CommandError, ImageError, NodeError, UnreachableError
 from cluster.fleet import Answers, Machine
 from launcher.delta import next_source, order
 from launcher.errors import BusyError
+from launcher.stages.relay_scripts import FEED, HELD, LOAD, RELAY, SAVE
 
 Progress = Callable[[str, int, int], None]
 
@@ -32,149 +34,43 @@ PREFIX = b"launcher: "  # what an account's start-up files print is none of ours
 READY = 30.0  # seconds for every node to make its keys
 TICK = 5.0  # seconds between two signs of life from us; a node that hears none for a minute puts everything away
 GOODBYE = 5.0  # seconds for all nodes to put their keys away
-_HELD, _SPARE = 75, 64 << 20
+_SPARE = 64 << 20  # bytes that stay free on a node's disk
 
-# $1 folder, $2 name of the archive, $3 its bytes, $4 the node's address for the others; none: it is fed by us.
-# Standard input is lines: `allow KEY ADDRESS`, `from NUMBER ADDRESS PORT USER KEY`, `stop NUMBER`, `tick`, `done`; its
-# end is the end of it all. It says `ready`, `at BYTES`, `whole`, `broken NUMBER BYTES`.
-RELAY = r"""
-set -u; umask 077; LC_ALL=C; export LC_ALL; unset SSH_AUTH_SOCK SSH_ASKPASS
-folder=$1 file=$1/$2.part total=$3 own=$4 main=$$ keys= done=
-say() { printf 'launcher: %s\n' "$*"; }
-size() { stat -c %s -- "$file" 2>/dev/null || echo 0; }
-end() {
-  trap '' HUP INT TERM PIPE
-  [ -z "$keys" ] || rm -rf -- "$keys"
-  [ -z "$done" ] || rm -f -- "$file"
-  rm -f -- "$folder/lock"
-  kill 0
-}
-mkdir -p -- "$folder" || exit 74
-began() { cut -d' ' -f22 "/proc/$1/stat" 2>/dev/null; }
-if ! (set -C; echo "$main $(began "$main")" > "$folder/lock") 2>/dev/null; then
-  read -r other since < "$folder/lock" || :
-  [ -z "${other:-}" ] || [ "$(began "$other")" != "$since" ] || exit 75
-  echo "$main $(began "$main")" > "$folder/lock" || exit 74
-fi
-trap end EXIT
-trap 'exit 129' HUP INT TERM PIPE
-find "$folder" -name '*.part' ! -name "$2.part" -exec rm -f {} +
-: >> "$file" || exit 74
-[ "$(size)" -le "$total" ] || : > "$file"
-for place in "${XDG_RUNTIME_DIR:-}" /dev/shm "${TMPDIR:-/tmp}"; do
-  [ -n "$place" ] && [ -w "$place" ] && keys=$(mktemp -d "$place/launcher-XXXXXXXXXX") && break
-done
-[ -n "$keys" ] || exit 74
-: > "$keys/allowed"
-port= host= client=
-if [ -n "$own" ]; then
-  sshd=$(PATH=$PATH:/usr/sbin:/usr/local/sbin command -v sshd)
-  if ssh-keygen -q -t ed25519 -N '' -C '' -f "$keys/host" && ssh-keygen -q -t ed25519 -N '' -C '' -f "$keys/client"
-  then
-    client=$(cut -d' ' -f2 < "$keys/client.pub")
-    cat > "$keys/serve" <<'EOS'
-# $1 the relay, $2 the file, $3 its bytes; from which byte on is what the other node asks.
-at=${SSH_ORIGINAL_COMMAND:-}
-case $at in ''|0?*|*[!0-9]*) exit 64 ;; esac
-while [ "$at" -lt "$3" ] && kill -0 "$1"; do
-  now=$(stat -c %s -- "$2") || exit
-  if [ "$now" -gt "$at" ]; then
-    dd if="$2" bs=1M iflag=skip_bytes,count_bytes skip="$at" count="$((now - at))" status=none || exit
-    at=$now
-  else
-    sleep 0.05 || sleep 1
-  fi
-done
-EOS
-    quoted() { printf "'%s'" "$(printf %s "$1" | sed "s/'/'\\\\''/g")"; }
-    cat > "$keys/config" <<EOS
-ListenAddress $own
-HostKey $keys/host
-AuthorizedKeysFile $keys/allowed
-AuthenticationMethods publickey
-ForceCommand exec sh $(quoted "$keys/serve") $main $(quoted "$file") $total 2>/dev/null
-AllowUsers $(id -un)
-PermitRootLogin yes
-StrictModes no
-UsePAM no
-DisableForwarding yes
-PermitTTY no
-PermitUserRC no
-PermitUserEnvironment no
-PrintMotd no
-MaxAuthTries 2
-MaxSessions 1
-LoginGraceTime 15
-ClientAliveInterval 5
-PidFile none
-LogLevel INFO
-EOS
-    for attempt in 1 2 3 4 5; do
-      port=$((20000 + $(od -An -N2 -tu2 /dev/urandom) % 12000))
-      "$sshd" -D -e -f "$keys/config" -o "Port=$port" </dev/null >/dev/null 2>"$keys/log" &
-      pid=$!
-      while kill -0 "$pid" 2>/dev/null; do
-        grep -q '^Server listening' "$keys/log" && break 2
-        sleep 0.02
-      done
-      port=
-    done
-    [ -z "$port" ] || host=$(cut -d' ' -f2 < "$keys/host.pub")
-  fi
-fi
-write() { dd bs=256k iflag=fullblock,count_bytes count="$1" status=none >> "$file"; }
-fetch() {
-  echo "peer ssh-ed25519 $5" > "$keys/known"
-  rm -f "$keys/pipe"; mkfifo "$keys/pipe" || exit 74
-  ssh -F /dev/null -T -x -a -i "$keys/client" -b "$own" -p "$3" -l "$4" \
-    -o HostKeyAlias=peer -o "UserKnownHostsFile=$keys/known" -o GlobalKnownHostsFile=/dev/null \
-    -o StrictHostKeyChecking=yes -o UpdateHostKeys=no -o CheckHostIP=no -o IdentitiesOnly=yes -o BatchMode=yes \
-    -o PreferredAuthentications=publickey -o ConnectTimeout=5 -o ServerAliveInterval=2 -o ServerAliveCountMax=3 \
-    -o Compression=no -o ControlMaster=no -o LogLevel=ERROR -c aes128-gcm@openssh.com,chacha20-poly1305@openssh.com \
-    -- "$2" "$(size)" </dev/null >"$keys/pipe" 2>"$keys/said" &
-  line=$!
-  # What has come is written down before anybody goes on from there.
-  trap 'kill "$line" 2>/dev/null; wait; say broken "$1" "$(size)"; exit' TERM
-  write "$((total - $(size)))" < "$keys/pipe" 2>>"$keys/said" & wait $!
-  trap '' TERM
-  kill "$line" 2>/dev/null
-  if [ "$(size)" -eq "$total" ]; then say whole; else say broken "$1" "$(size)" "$(tail -n 1 "$keys/said")"; fi
-}
-say ready "$(size)" "$(df -Pk -- "$folder" | awk 'NR == 2 { print $4 }')" "$(id -un)" \
-  "${port:--}" "${host:--}" "${client:--}"
-(
-  trap - EXIT; last=; silent=0
-  while sleep 0.5; do
-    now=$(size); [ "$now" = "$last" ] || say at "$now"; last=$now
-    if [ -e "$keys/tick" ]; then rm -f "$keys/tick"; silent=0; else silent=$((silent + 1)); fi
-    [ "$silent" -lt 120 ] || kill "$main"
-    kill -0 "$main" 2>/dev/null || end  # it was killed, and could not put anything away
-  done
-) &
-fetching=
-while read -r verb a b c d e; do
-  case $verb in
-    allow) echo "restrict,from=\"$b\" ssh-ed25519 $a" >> "$keys/allowed" ;;
-    from) (trap - EXIT; fetch "$a" "$b" "$c" "$d" "$e") & fetching=$! ;;
-    stop) kill "$fetching" 2>/dev/null ;;
-    tick) : > "$keys/tick" ;;
-    done) done=yes ;;
-  esac
-done
-"""
 
-# $1 file, $2 how many bytes it has, $3 how many it shall have.
-FEED = r"""
-umask 077
-[ "$(stat -c %s -- "$1")" = "$2" ] || { echo "the file changed meanwhile" >&2; exit 1; }
-dd bs=256k iflag=fullblock,count_bytes count="$(($3 - $2))" status=none >> "$1" && [ "$(stat -c %s -- "$1")" = "$3" ]
-"""
+class Parcel(Protocol):
+    """What is sent: the same bytes whenever it has the same name."""
 
-# $1 file. The engine verifies every layer; what it refuses is not gone on from.
-LOAD = r"""
-said=$(docker load -q -i "$1" 2>&1) && exit
-rm -f -- "$1"; printf '%s\n' "$said" >&2; exit 1
-"""
+    @property
+    def name(self) -> str:
+        """By which a node goes on with what it has."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    def chunks(self, start: int = 0) -> Iterator[bytes]:
+        """The bytes from `start` on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """An archive that lies on a node, and cannot be fed from here."""
+
+    node: str
+    name: str
+    size: int
+
+    def chunks(self, start: int = 0) -> Iterator[bytes]:
+        raise CommandError(self.node, f"it cannot hand on its image (from byte {start} on)")
+
+
+def save_there(machine: Machine, road: Road, *, digest: str) -> Saved:
+    """Let a node save an image that it has into its folder, so that others can fetch it."""
+    name = f"saved-{digest.rpartition(':')[2][:32]}"
+    said = machine.transport.send(script(SAVE, road.folder, name, digest), ())
+    if not said.ok or not said.text.strip().isdigit():
+        raise ImageError(machine.name, "the image cannot be saved there", detail=said.tail())
+    return Saved(node=machine.name, name=name, size=int(said.text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,17 +81,28 @@ class Road:
     address: str | None = None
 
 
-def relay(archive: Archive, machines: Sequence[Machine], roads: Mapping[str, Road], progress: Progress) -> Answers[int]:
-    """Bring the archive to these machines' engines; gives back the bytes that each one took.
+def relay(
+    parcel: Parcel,
+    machines: Sequence[Machine],
+    roads: Mapping[str, Road],
+    progress: Progress,
+    *,
+    source: Machine | None = None,
+) -> Answers[int]:
+    """Bring an archive to these machines' engines; gives back the bytes that each one took.
 
-    Every machine that can be brought there is; the others' errors are told beside them.
+    From here, or from `source`, a node that has it in its folder. One machine that fails does not hold the others up.
     """
-    chain = _Chain(archive, machines, roads, progress)
+    chain = _Chain(parcel, machines, roads, progress, source=source)
     try:
         chain.run()
     finally:
         chain.close()
-    return Answers(good=chain.sent, bad=chain.failed)
+    wanted = {machine.name for machine in machines}
+    return Answers(
+        good={node: taken for node, taken in chain.sent.items() if node in wanted},
+        bad={node: error for node, error in chain.failed.items() if node in wanted},
+    )
 
 
 @dataclass(kw_only=True)
@@ -234,13 +141,23 @@ class _Chain:
     """The state of one transfer. Threads put events into a queue; one thread takes them out and decides."""
 
     def __init__(
-        self, archive: Archive, machines: Sequence[Machine], roads: Mapping[str, Road], progress: Progress
+        self,
+        parcel: Parcel,
+        machines: Sequence[Machine],
+        roads: Mapping[str, Road],
+        progress: Progress,
+        *,
+        source: Machine | None,
     ) -> None:
-        alone = len(machines) == 1
-        self._archive = archive
+        everyone = (source, *machines) if source else tuple(machines)
+        self._parcel = parcel
+        self._source = source.name if source else None
         self._nodes = {
-            one.name: _Node(machine=one, road=Road(folder=roads[one.name].folder) if alone else roads[one.name])
-            for one in machines
+            # One alone needs no keys.
+            one.name: _Node(
+                machine=one, road=roads[one.name] if everyone[1:] else replace(roads[one.name], address=None)
+            )
+            for one in everyone
         }
         self._progress = progress
         self._events: queue.Queue[Callable[[], None]] = queue.Queue()
@@ -250,11 +167,7 @@ class _Chain:
         self.failed: dict[str, NodeError] = {}
 
     def run(self) -> None:
-        self._sessions = [
-            threading.Thread(target=self._attend, args=(node,), daemon=True) for node in self._nodes.values()
-        ]
-        for session in self._sessions:
-            session.start()
+        self._sessions = [self._start(node, partial(self._attend, node)) for node in self._nodes.values()]
         self._decide_until(lambda: all(node.ready for node in self._open()), seconds=READY)
         for node in self._open():
             if not node.ready:
@@ -282,11 +195,25 @@ class _Chain:
             with suppress(queue.Empty):  # short waits keep Ctrl-C prompt
                 self._events.get(timeout=0.5)()
 
-    # What the threads do
+    # What the threads do: each gives back what there is to decide after it
 
-    def _attend(self, node: _Node) -> None:
+    def _start(self, node: _Node, act: Callable[[], Callable[[], None]]) -> threading.Thread:
+        def run() -> None:
+            try:
+                then = act()
+            except NodeError as error:
+                then = partial(self._lose, node, error)
+            except BaseException as error:  # noqa: BLE001 - a bug, or this machine's trouble: it ends the transfer
+                then = partial(_throw, error)
+            self._events.put(then)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    def _attend(self, node: _Node) -> Callable[[], None]:
         """One node's session, to its end."""
-        command = script(RELAY, node.road.folder, self._archive.name, str(self._archive.size), node.road.address or "")
+        words = (node.road.folder, self._parcel.name, str(self._parcel.size), node.road.address or "")
         left = b""
 
         def hear(data: bytes) -> None:
@@ -294,46 +221,31 @@ class _Chain:
             *lines, left = (left + data).split(b"\n")
             for line in lines:
                 if line.startswith(PREFIX):
-                    words = line[len(PREFIX) :].decode(errors="replace").split()
-                    self._events.put(lambda words=words: self._heard(node, words))  # type: ignore[misc]
+                    said = line[len(PREFIX) :].decode(errors="replace").split()
+                    self._events.put(partial(self._heard, node, said))
 
-        error: NodeError
-        try:
-            code = node.machine.transport.pipe(command, _orders(node.orders), hear)
-            error = _ended(node, code)
-        except NodeError as gone:
-            error = gone
-        self._events.put(lambda: self._lose(node, error))
+        code = node.machine.transport.pipe(script(RELAY, *words), _orders(node.orders), hear)
+        return partial(self._lose, node, _ended(node, code))
 
-    def _feed(self, node: _Node, at: int) -> None:
+    def _feed(self, node: _Node, at: int) -> Callable[[], None]:
         """Send the archive from here, from byte `at` on."""
 
         def chunks() -> Iterator[bytes]:
-            taken = at
-            for chunk in self._archive.chunks(at):
-                yield chunk
-                taken += len(chunk)
+            for chunk in self._parcel.chunks(at):
                 if node.name in self.failed:
                     return
+                yield chunk
 
-        command = script(FEED, self._file(node), str(at), str(self._archive.size))
-        try:
-            said = node.machine.transport.send(command, chunks())
-        except NodeError as error:
-            self._events.put(lambda error=error: self._lose(node, error))  # type: ignore[misc]
-            return
-        self._events.put(lambda: self._fed(node, said))
+        command = script(FEED, self._file(node), str(at), str(self._parcel.size))
+        said = node.machine.transport.send(command, chunks())
+        return partial(self._fed, node, said)
 
-    def _load(self, node: _Node) -> None:
-        try:
-            said = node.machine.transport.send(script(LOAD, self._file(node)), ())
-        except NodeError as error:
-            self._events.put(lambda error=error: self._lose(node, error))  # type: ignore[misc]
-            return
-        self._events.put(lambda: self._loaded(node, said))
+    def _load(self, node: _Node) -> Callable[[], None]:
+        said = node.machine.transport.send(script(LOAD, self._file(node)), ())
+        return partial(self._loaded, node, said)
 
     def _file(self, node: _Node) -> str:
-        return f"{node.road.folder}/{self._archive.name}.part"
+        return f"{node.road.folder}/{self._parcel.name}.part"
 
     # What is decided
 
@@ -346,7 +258,7 @@ class _Chain:
                     node.orders.put(f"allow {other.client_key} {other.road.address}\n".encode())
         for name in self._order:
             node = self._nodes[name]
-            if node.at == self._archive.size:
+            if node.at == self._parcel.size:
                 self._is_whole(node)
             else:
                 self._assign(node)
@@ -357,7 +269,7 @@ class _Chain:
         node.source = name
         node.turn += 1
         if name is None:
-            threading.Thread(target=self._feed, args=(node, node.at), daemon=True).start()
+            self._start(node, partial(self._feed, node, node.at))
             return
         other = self._nodes[name]
         node.orders.put(f"from {node.turn} {other.road.address} {other.port} {other.user} {other.host_key}\n".encode())
@@ -368,12 +280,13 @@ class _Chain:
                 node.at = node.first = int(at)
                 node.user, node.port, node.host_key, node.client_key = user, port, host_key, client_key
                 node.ready = True
-                if free.isdigit() and int(free) * 1024 < self._archive.size - node.at + _SPARE:
-                    what = f"no room in {node.road.folder} for the {self._archive.size - node.at} bytes that it lacks"
+                if free.isdigit() and int(free) * 1024 < self._parcel.size - node.at + _SPARE:
+                    what = f"no room in {node.road.folder} for the {self._parcel.size - node.at} bytes that it lacks"
                     self._lose(node, CommandError(node.name, what, next_step="make room there, or set paths.state"))
             case ["at", at]:
                 node.at = max(node.at, int(at))
-                self._progress(node.name, node.at, self._archive.size)
+                if node.name != self._source:
+                    self._progress(node.name, node.at, self._parcel.size)
             case ["whole"]:
                 self._is_whole(node)
             case ["broken", turn, at, *_] if int(turn) == node.turn and node in self._open():
@@ -391,13 +304,16 @@ class _Chain:
     def _is_whole(self, node: _Node) -> None:
         if node.whole or node not in self._open():
             return
-        node.whole, node.at = True, self._archive.size
-        self._progress(node.name, node.at, self._archive.size)
-        threading.Thread(target=self._load, args=(node,), daemon=True).start()
+        node.whole, node.at = True, self._parcel.size
+        if node.name == self._source:
+            self.sent[node.name] = 0
+            return
+        self._progress(node.name, node.at, self._parcel.size)
+        self._start(node, partial(self._load, node))
 
     def _loaded(self, node: _Node, said: Result) -> None:
         if said.ok:
-            self.sent[node.name] = self._archive.size - node.first
+            self.sent[node.name] = self._parcel.size - node.first
             return
         detail = said.tail()
         self._lose(node, ImageError(node.name, "the image does not load", detail=detail, next_step="run it again"))
@@ -413,6 +329,10 @@ class _Chain:
                 other.orders.put(f"stop {other.turn}\n".encode())
 
 
+def _throw(error: BaseException) -> None:
+    raise error
+
+
 def _orders(lines: queue.Queue[bytes | None]) -> Iterator[bytes]:
     """What a node is told, as it comes; and now and then that we are still there."""
     while True:
@@ -426,7 +346,7 @@ def _orders(lines: queue.Queue[bytes | None]) -> Iterator[bytes]:
 
 
 def _ended(node: _Node, code: int) -> NodeError:
-    if code == _HELD:
+    if code == HELD:
         return BusyError(node.name, "another command is sending an image to it", next_step="wait for that one to end")
     return CommandError(
         node.name,

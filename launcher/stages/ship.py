@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from cluster.archive import Archive, compose, unpack
 from cluster.engine import Engine
@@ -19,7 +20,7 @@ from cluster.layers import Held, shared
 from cluster.registry import USER, receiving
 from cluster.shelf import Shelf
 from launcher.delta import batches, choose_source, choose_way
-from launcher.stages.relay import Road, relay
+from launcher.stages.relay import Parcel, Road, relay, save_there
 
 Progress = Callable[[str, int, int], None]  # node, bytes that it has taken, bytes in all (about)
 # A slow node may lag this many chunks (1 MiB each) behind the source before it slows the others down.
@@ -32,7 +33,7 @@ def lacking(digests: Mapping[str, str | None], wanted: str) -> tuple[str, ...]:
 
 
 def ship_image(
-    source: Engine,
+    source: Engine | Machine,
     machines: Sequence[Machine],
     *,
     tag: str,
@@ -43,26 +44,36 @@ def ship_image(
 ) -> Mapping[str, int]:
     """Send the image to these machines; gives back the bytes that each one took.
 
-    With a shelf, on which layers are kept from one time to the next, only the layers that a machine lacks travel; with
-    roads, much for many goes from machine to machine. One that fails does not hold the others up.
+    `source` is this machine's engine, or a node. With a shelf, on which layers are kept from one time to the next,
+    only the layers that a machine lacks travel; with roads, much for many goes from machine to machine. One that fails
+    does not hold the others up.
     """
     if not machines:
         return {}
+    name = _Names(tag=tag, digest=digest)
+    if isinstance(source, Machine):
+        if roads:
+            return _from_node(source, machines, roads, name, progress)
+        return _stream(source.engine, machines, name, progress).all_or_raise()
     image = source.image(digest)
     if shelf is None or image is None or not image.layers or not source.takes_parts():
-        return _stream(source, machines, tag=tag, digest=digest, progress=progress)
-    sent: dict[str, int] = {}
-    failed: dict[str, NodeError] = {}
+        return _stream(source, machines, name, progress).all_or_raise()
     looked = each(machines, lambda machine: _have(machine, image))
-    failed |= looked.bad
+    answers: Answers[int] = Answers(bad=looked.bad)
     for batch in batches(looked.good):
         archive = read_layers(source, image, shelf, have=batch.have)
         takers = [machine for machine in machines if machine.name in batch.nodes]
-        answers = _deliver(archive, takers, roads or {}, tag=tag, digest=digest, progress=progress)
-        sent |= answers.good
-        failed |= answers.bad
+        answers = answers.then(_deliver(archive, takers, roads or {}, name, progress))
     shelf.trim(keep=image.layers)
-    return Answers(good=sent, bad=failed).all_or_raise()
+    return answers.all_or_raise()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Names:
+    """The image that is meant, and the name that it gets when it is whole."""
+
+    tag: str
+    digest: str
 
 
 def read_layers(source: Engine, image: Held, shelf: Shelf, *, have: int) -> Archive:
@@ -94,30 +105,50 @@ def _have(machine: Machine, image: Held) -> int:
 
 
 def _deliver(
-    archive: Archive,
-    machines: Sequence[Machine],
-    roads: Mapping[str, Road],
-    *,
-    tag: str,
-    digest: str,
-    progress: Progress,
+    archive: Archive, machines: Sequence[Machine], roads: Mapping[str, Road], name: _Names, progress: Progress
 ) -> Answers[int]:
     """The quickest way; a node that cannot keep an archive in a file is sent it straight into its engine."""
     able = [machine for machine in machines if machine.name in roads]
     if choose_way(archive.size, [machine.name for machine in able]) == "direct":
-        return _direct(archive, machines, tag=tag, digest=digest, progress=progress)
-    relayed = relay(archive, able, roads, progress)
-    settled = each([one for one in able if one.name in relayed.good], lambda one: _settle(one, tag=tag, digest=digest))
-    lost = {node: error for node, error in relayed.bad.items() if not isinstance(error, CommandError | ImageError)}
-    left = [one for one in machines if one.name not in relayed.good and one.name not in lost]
-    direct = _direct(archive, left, tag=tag, digest=digest, progress=progress)
-    good = {node: taken for node, taken in relayed.good.items() if node in settled.good}
-    return Answers(good={**good, **direct.good}, bad={**lost, **settled.bad, **direct.bad})
+        return _direct(archive, machines, name, progress)
+    relayed = _relay(archive, able, roads, name, progress)
+    left = [one for one in machines if one.name not in relayed.good and _may_try_again(relayed.bad.get(one.name))]
+    return relayed.then(_direct(archive, left, name, progress))
 
 
-def _direct(
-    archive: Archive, machines: Sequence[Machine], *, tag: str, digest: str, progress: Progress
+def _from_node(
+    source: Machine, machines: Sequence[Machine], roads: Mapping[str, Road], name: _Names, progress: Progress
+) -> Mapping[str, int]:
+    """From a node to nodes, past this machine; what cannot go that way is streamed through it."""
+    try:
+        archive = save_there(source, roads[source.name], digest=name.digest)
+    except NodeError:
+        return _stream(source.engine, machines, name, progress).all_or_raise()
+    relayed = _relay(archive, machines, roads, name, progress, source=source)
+    left = [one for one in machines if one.name in relayed.bad and _may_try_again(relayed.bad[one.name])]
+    return relayed.then(_stream(source.engine, left, name, progress)).all_or_raise()
+
+
+def _relay(
+    parcel: Parcel,
+    machines: Sequence[Machine],
+    roads: Mapping[str, Road],
+    name: _Names,
+    progress: Progress,
+    *,
+    source: Machine | None = None,
 ) -> Answers[int]:
+    relayed = relay(parcel, machines, roads, progress, source=source)
+    settled = each([one for one in machines if one.name in relayed.good], lambda one: _settle(one, name))
+    return relayed.then(Answers(bad=settled.bad))
+
+
+def _may_try_again(error: NodeError | None) -> bool:
+    """Whether another way may help: not where a node is gone, or somebody else is at work on it."""
+    return error is None or isinstance(error, CommandError | ImageError)
+
+
+def _direct(archive: Archive, machines: Sequence[Machine], name: _Names, progress: Progress) -> Answers[int]:
     """From here to each, all at once."""
 
     def load(machine: Machine) -> int:
@@ -131,31 +162,31 @@ def _direct(
                 progress(machine.name, taken, archive.size)
 
         machine.engine.load(chunks())
-        _settle(machine, tag=tag, digest=digest)
+        _settle(machine, name)
         return taken
 
-    return each(machines, load, width=len(machines))
+    return each(machines, load, width=max(1, len(machines)))
 
 
-def _settle(machine: Machine, *, tag: str, digest: str) -> None:
+def _settle(machine: Machine, name: _Names) -> None:
     """Give the image its name, if it is the one that was meant."""
-    if machine.engine.image_id(digest) != digest:
+    if machine.engine.image_id(name.digest) != name.digest:
         raise ImageError(
             machine.name,
-            f"the image did not arrive as {digest}",
+            f"the image did not arrive as {name.digest}",
             next_step="let all nodes use the same image store (containerd's names images by another digest)",
         )
-    machine.engine.tag(digest, tag)
+    machine.engine.tag(name.digest, name.tag)
 
 
-def _stream(
-    source: Engine, machines: Sequence[Machine], *, tag: str, digest: str, progress: Progress
-) -> Mapping[str, int]:
+def _stream(source: Engine, machines: Sequence[Machine], name: _Names, progress: Progress) -> Answers[int]:
     """The whole image, as the engine saves it. The source is read once, however many take it."""
-    total = source.image_bytes(digest)
+    if not machines:
+        return Answers()
+    total = source.image_bytes(name.digest)
     pipes = {machine.name: _Pipe() for machine in machines}
     broken: list[BaseException] = []
-    threading.Thread(target=_read, args=(source, digest, tuple(pipes.values()), broken), daemon=True).start()
+    threading.Thread(target=_read, args=(source, name.digest, tuple(pipes.values()), broken), daemon=True).start()
 
     def take(machine: Machine) -> int:
         pipe = pipes[machine.name]
@@ -172,14 +203,14 @@ def _stream(
             machine.engine.load(chunks())
         finally:
             pipe.leave()
-        _settle(machine, tag=tag, digest=digest)
+        _settle(machine, name)
         return taken
 
     # All at once, however many they are: who has not begun to take would hold the source up.
     answers = each(machines, take, width=len(machines))
     if broken:
         raise broken[0]  # once, not as every taking node's own
-    return answers.all_or_raise()
+    return answers
 
 
 class _Pipe:

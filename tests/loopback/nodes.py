@@ -125,9 +125,7 @@ def nodes_of(folder: Path, engines: list[Dockerd], site: Site) -> Iterator[list[
         for number, dockerd in enumerate(engines):
             name, host = f"gpu-{number + 1}", f"127.0.0.{number + 2}"
             options = (f"SetEnv DOCKER_HOST=unix://{dockerd.socket}",)
-            server = stack.enter_context(
-                running_sshd(folder / name, authorized=site.key, host=host, options=options)
-            )
+            server = stack.enter_context(running_sshd(folder / name, authorized=site.key, host=host, options=options))
             transport = reach(site, server, name)
             machine = Machine(name=name, transport=transport, engine=DockerEngine(transport))
             stack.callback(machine.transport.close)

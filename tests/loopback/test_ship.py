@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import signal
-import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -21,78 +15,10 @@ from cluster.fleet import WIDTH, Machine
 from cluster.local import LocalTransport
 from launcher.stages.ship import lacking, ship_image
 from tests.loopback.images import IMAGE_LABEL, Tiny, docker, inspect
+from tests.loopback.nodes import Dockerd, HereButThere
 from tests.pure.doubles import FileTransport, MemoryEngine
 
 TAG = "launcher-test/shipped:1"
-
-
-class Dockerd:
-    """A second Docker engine: its own data, socket and containerd; no network, no iptables."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.socket = folder / "docker.sock"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it; skip where that is not possible."""
-        program = shutil.which("dockerd")
-        if program is None:
-            pytest.skip("there is no dockerd here: apt install docker.io")
-        line = [program, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
-        line += ["--pidfile", f"{self.folder}/pid", "-H", f"unix://{self.socket}", "--storage-driver", "vfs"]
-        line += ["--bridge", "none", "--iptables=false", "--ip-masq=false"]
-        with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(line, stdout=log, stderr=log)
-        for _ in range(1000):
-            if self.say("version").returncode == 0:
-                return
-            if self._process.poll() is not None:
-                pytest.skip("a second dockerd does not start here")
-            time.sleep(0.02)
-        raise AssertionError((self.folder / "log").read_text())
-
-    def say(self, *argv: str) -> subprocess.CompletedProcess[bytes]:
-        """Ask it something."""
-        return docker("-H", f"unix://{self.socket}", *argv, check=False)
-
-    def images(self) -> list[str]:
-        """All that it has, with a name or without."""
-        return self.say("images", "-aq", "--no-trunc").stdout.decode().split()
-
-    def kill(self) -> None:
-        """End it at once, as a power cut would."""
-        assert self._process
-        self._process.kill()
-        self._process.wait()
-        with suppress(OSError, ValueError):
-            os.kill(int((self.folder / "exec/containerd/containerd.pid").read_text()), signal.SIGKILL)
-        for left in ("pid", "exec/containerd/containerd.pid"):
-            (self.folder / left).unlink(missing_ok=True)
-        self._unmount()
-
-    def stop(self) -> None:
-        """End it in order."""
-        if self._process and self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait(60)
-        self._unmount()
-
-    def _unmount(self) -> None:
-        """An engine mounts its data on themselves, and leaves that behind when it is killed."""
-        while subprocess.run(["umount", f"{self.folder}/data"], capture_output=True, check=False).returncode == 0:
-            pass
-
-
-class HereButThere(LocalTransport):
-    """This machine, with another engine."""
-
-    def __init__(self, socket: Path) -> None:
-        super().__init__("there")
-        self._there = socket
-
-    def _docker_socket(self) -> Path:
-        return self._there
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +39,7 @@ def there(other: Dockerd) -> Iterator[Machine]:
     engine = DockerEngine(transport)
     yield Machine(name="there", transport=transport, engine=engine)
     engine.close()
-    for image in other.images():
-        other.say("rmi", "-f", image)
+    other.clear()
 
 
 class Source(DockerEngine):
@@ -164,7 +89,7 @@ class TestBetweenEngines:
         with pytest.raises(UnreachableError, match="node here: the connection was lost"):
             ship(source, there, tiny.digest)
         assert other.images() == []
-        assert _left_over(other) == []
+        assert other.left_over() == []
         source.spoil = iter
         ship(source, there, tiny.digest)
         assert other.images() == [tiny.digest]
@@ -225,11 +150,6 @@ class TestBetweenEngines:
 def _inspected(there: Machine, digest: str) -> object:
     assert isinstance(there.engine, DockerEngine)
     return there.engine._client.inspect_image(digest)["RootFS"]
-
-
-def _left_over(other: Dockerd) -> list[Path]:
-    """What an engine keeps of an archive that it could not take in."""
-    return [one for one in (other.folder / "data" / "tmp").rglob("*") if one.is_file()]
 
 
 def fleet(*engines: MemoryEngine) -> list[Machine]:

@@ -177,10 +177,16 @@ COMMANDS = {
     "shell": (CLUSTER, "NODE", "ARGV"),
     "down": (CLUSTER, "NAME"),
     "config show": (CLUSTER, *JOB, JSON, "NODE"),
+    "image ls": (CLUSTER, JSON),
     "image build": (
         *("--flavour", "--base", "--ca-bundle", "--pip-index", "--apt-mirror", "--wheels", "--cuda-architectures"),
         *("--build-network", JSON),
     ),
+    "image ship": (CLUSTER, "NAME", JSON),
+    "image save": (CLUSTER, "FILE", "NAME", JSON),
+    "image load": ("FILE", JSON),
+    "image prune": (CLUSTER, "--dry-run", JSON),
+    "image why": (CLUSTER, "NAME", JSON),
     "schema": (),
     "completion": ("SHELL_NAME",),
 }
