@@ -15,12 +15,13 @@ import re
 import secrets
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
-from cluster.archive import GZIP, compressed, is_worth_compressing, plainly
+from cluster.archive import CHUNK, GZIP, compressed, content_digest, is_worth_compressing, plainly
 from cluster.errors import ClusterError
 
 LIMIT = 24 << 30  # bytes of layers that are kept
@@ -93,9 +94,22 @@ class Shelf:
         return path.read_text().strip()
 
     def forget(self, layers: Iterable[str]) -> None:
-        """Drop layers, for instance because an engine refused them."""
+        """Drop layers."""
         for layer in layers:
             self._path("layers", layer).unlink(missing_ok=True)
+
+    def scrub(self, layers: Iterable[str]) -> tuple[str, ...]:
+        """Drop those of these layers that are not what their names say, for instance since an engine refused them."""
+        damaged = tuple(layer for layer in layers if not self._is_sound(layer))
+        self.forget(damaged)
+        return damaged
+
+    def _is_sound(self, layer: str) -> bool:
+        try:
+            with self._path("layers", layer).open("rb") as file:
+                return content_digest(iter(lambda: file.read(CHUNK), b"")) == layer
+        except (OSError, zlib.error):
+            return False
 
     def trim(self, *, keep: Collection[str] = (), limit: int = LIMIT) -> int:
         """Drop what was used longest ago until the layers fit; gives back how many bytes went."""

@@ -63,7 +63,12 @@ def ship_image(
     for batch in batches(looked.good):
         archive = read_layers(source, image, shelf, have=batch.have)
         takers = [machine for machine in machines if machine.name in batch.nodes]
-        answers = answers.then(_deliver(archive, takers, roads or {}, name, progress))
+        delivered = _deliver(archive, takers, roads or {}, name, progress)
+        refused = [one for one in takers if isinstance(delivered.bad.get(one.name), ImageError)]
+        if refused and shelf.scrub(image.layers[batch.have :]):  # it was our copy that is damaged
+            archive = read_layers(source, image, shelf, have=batch.have)
+            delivered = delivered.then(_deliver(archive, refused, roads or {}, name, progress))
+        answers = answers.then(delivered)
     shelf.trim(keep=image.layers)
     return answers.all_or_raise()
 
