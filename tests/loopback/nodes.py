@@ -27,8 +27,9 @@ from tests.loopback.sshd import Sshd, running_sshd
 class Dockerd:
     """A second Docker engine: its own data, socket and containerd; no network, no iptables."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, driver: str = "vfs") -> None:
         self.folder = folder
+        self._driver = driver
         self.socket = folder / "docker.sock"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -38,7 +39,7 @@ class Dockerd:
         if program is None:
             pytest.skip("there is no dockerd here: apt install docker.io")
         line = [program, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
-        line += ["--pidfile", f"{self.folder}/pid", "-H", f"unix://{self.socket}", "--storage-driver", "vfs"]
+        line += ["--pidfile", f"{self.folder}/pid", "-H", f"unix://{self.socket}", "--storage-driver", self._driver]
         line += ["--bridge", "none", "--iptables=false", "--ip-masq=false"]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(line, stdout=log, stderr=log)

@@ -68,16 +68,22 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
 
 
 class Slow:
-    """An archive that is read at a pace, and to which something may happen at some byte."""
+    """An archive that is read at a pace; something happens when it comes to a byte: once, or (`always`) every time."""
 
     def __init__(
-        self, archive: Archive, *, seconds: float = 0.0, at: int = -1, then: Callable[[], object] = int
+        self,
+        archive: Archive,
+        *,
+        seconds: float = 0.0,
+        at: int = -1,
+        then: Callable[[], object] = int,
+        always: bool = False,
     ) -> None:
         self.name, self.size = archive.name, archive.size
         self.read = 0
         self.starts: list[int] = []
         self._archive, self._pause = archive, seconds / (archive.size / (128 * 1024))
-        self._at, self._then = at, then
+        self._at, self._then, self._always = at, then, always
         self._met = threading.Event()
 
     def chunks(self, start: int = 0) -> Iterator[bytes]:
@@ -85,7 +91,7 @@ class Slow:
         done = start
         for chunk in self._archive.chunks(start):
             for at in range(0, len(chunk), 128 * 1024):
-                if 0 <= self._at <= done and not self._met.is_set():
+                if 0 <= self._at <= done and (self._always or not self._met.is_set()):
                     self._met.set()
                     self._then()
                 piece = chunk[at : at + 128 * 1024]
@@ -202,7 +208,7 @@ class TestACut:
         def lose() -> None:
             raise UnreachableError("gpu-1", "the connection was lost")
 
-        answers = send(Slow(image.archive, seconds=1, at=cut, then=lose), nodes[:2])
+        answers = send(Slow(image.archive, seconds=1, at=cut, then=lose, always=True), nodes[:2])
         assert sorted(answers.bad) == ["gpu-1", "gpu-2"]
         assert images(nodes) == [[]] * 3
         assert [node.dockerd.left_over() for node in nodes] == [[]] * 3
@@ -310,6 +316,7 @@ class TestTheServerBetweenNodes:
                 ("the bytes", client, "0"),
             ):
                 said[name] = _ssh(key, server, port, "127.0.0.3", command)
+            print(said, (server/"log").read_text(), (server/"allowed").read_text())
             said["another address"] = _ssh(client, server, port, "127.0.0.9", "0")
             said["a forwarding"] = _ssh(client, server, port, "127.0.0.3", "0", "-W", "127.0.0.1:22")
 
