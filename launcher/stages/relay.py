@@ -31,7 +31,7 @@ from launcher.stages.relay_scripts import FEED, HELD, LOAD, RELAY, SAVE
 Progress = Callable[[str, int, int], None]
 
 PREFIX = b"launcher: "  # what an account's start-up files print is none of ours
-READY = 30.0  # seconds for every node to make its keys
+READY = 60.0  # seconds for every node to make its keys
 TICK = 5.0  # seconds between two signs of life from us; a node that hears none for a minute puts everything away
 GOODBYE = 5.0  # seconds for all nodes to put their keys away
 _SPARE = 64 << 20  # bytes that stay free on a node's disk

@@ -116,7 +116,7 @@ say ready "$(size)" "$(df -Pk -- "$folder" | awk 'NR == 2 { print $4 }')" "$(id 
     now=$(size); [ "$now" = "$last" ] || say at "$now"; last=$now
     if [ -e "$keys/tick" ]; then rm -f "$keys/tick"; silent=0; else silent=$((silent + 1)); fi
     [ "$silent" -lt 120 ] || kill "$main"
-    kill -0 "$main" 2>/dev/null || end  # it was killed, and could not put anything away
+    kill -0 "$main" 2>/dev/null || { end; exit; }  # it was killed, and could not put anything away
   done
 ) &
 fetching=

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -316,7 +317,6 @@ class TestTheServerBetweenNodes:
                 ("the bytes", client, "0"),
             ):
                 said[name] = _ssh(key, server, port, "127.0.0.3", command)
-            print(said, (server/"log").read_text(), (server/"allowed").read_text())
             said["another address"] = _ssh(client, server, port, "127.0.0.9", "0")
             said["a forwarding"] = _ssh(client, server, port, "127.0.0.3", "0", "-W", "127.0.0.1:22")
 
@@ -343,7 +343,7 @@ def _address(keys: Path) -> str:
 
 
 def _port(keys: Path) -> str:
-    return (keys / "log").read_text().rpartition("port ")[2].split(".")[0]
+    return re.findall(r"^Server listening on \S+ port (\d+)", (keys / "log").read_text(), re.MULTILINE)[-1]
 
 
 def _ssh(key: Path, server: Path, port: str, own: str, *words: str) -> subprocess.CompletedProcess[bytes]:
