@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import docker
@@ -220,26 +220,34 @@ class DockerEngine:
     def push(self, image: str, *, reference: str, user: str, secret: str) -> None:
         repository, tag = reference, image.rpartition(":")[2][:12]
         with self._translated("push", ImageError):
-            if not self._client.inspect_image(image).get("RepoTags"):
+            # Names that killed pushes have left: the same, by another port.
+            path = reference.partition("/")[2]
+            names = self._client.inspect_image(image).get("RepoTags") or ()
+            stale = [name for name in names if name.startswith("127.0.0.1:") and f"/{path}:" in name]
+            if len(stale) == len(names):
                 # Our name for it would be its only one, and to take that away would remove the image.
                 raise ImageError(self.node, f"the image {image} has no name")
             self._client.tag(image, repository, tag, force=True)
             try:
-                login = docker.auth.encode_header({"username": user, "password": secret, "serveraddress": reference})
-                # Not the SDK's push: it waits for a word no longer than the client's timeout, and reads logins files.
-                response = self._client._post(  # noqa: SLF001
-                    self._client._url("/images/{0}/push", repository),  # noqa: SLF001
-                    params={"tag": tag},
-                    headers={"X-Registry-Auth": login},
-                    stream=True,
-                    timeout=(self._timeout, _STALLED),
-                )
-                self._client._raise_for_status(response)  # noqa: SLF001
-                for message in self._client._stream_helper(response, decode=True):  # noqa: SLF001
-                    if "error" in message:
-                        raise ImageError(self.node, f"the image cannot be pushed: {message['error']}")
+                self._push(repository, tag, login={"username": user, "password": secret, "serveraddress": reference})
             finally:
-                self._client.remove_image(f"{repository}:{tag}", noprune=True)
+                for name in (*stale, f"{repository}:{tag}"):
+                    with suppress(docker.errors.ImageNotFound):
+                        self._client.remove_image(name, noprune=True)
+
+    def _push(self, repository: str, tag: str, *, login: Mapping[str, str]) -> None:
+        # Not the SDK's own: it waits for a word no longer than the client's timeout, and reads files of logins.
+        response = self._client._post(  # noqa: SLF001
+            self._client._url("/images/{0}/push", repository),  # noqa: SLF001
+            params={"tag": tag},
+            headers={"X-Registry-Auth": docker.auth.encode_header(dict(login))},
+            stream=True,
+            timeout=(self._timeout, _STALLED),
+        )
+        self._client._raise_for_status(response)  # noqa: SLF001
+        for message in self._client._stream_helper(response, decode=True):  # noqa: SLF001
+            if "error" in message:
+                raise ImageError(self.node, f"the image cannot be pushed: {message['error']}")
 
     def remove_image(self, name: str) -> bool:
         with self._translated("remove image"):

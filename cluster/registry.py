@@ -18,7 +18,7 @@ import secrets
 import threading
 import zlib
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -44,7 +44,6 @@ class Registry:
     secret: str
     wanted: Collection[str]  # digests of layers' contents: these it must get, others only if it has never seen them
     shelf: Shelf
-    failure: ClusterError | None = None
     blobs: dict[str, int] = field(default_factory=dict)  # what came in this time: name and length
     uploads: dict[str, tuple[str, int, str]] = field(default_factory=dict)
 
@@ -175,9 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         except (OSError, ValueError, zlib.error):
             self.close_connection = True
             return None
-        except ClusterError as error:  # a full disk: who pushes hears of it from us, with the cure
-            registry.failure = error
-            self.close_connection = True
+        except ClusterError as error:  # a full disk
+            self._refuse(error.what)
             return None
         registry.uploads[upload] = (_name(digest), size, layer)
         return size
@@ -217,10 +215,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return False
 
-    def _answer(self, status: HTTPStatus, headers: dict[str, str] | None = None, *, length: int = 0) -> None:
+    def _refuse(self, what: str) -> None:
+        """Say that it is no use to try again, and read on until the engine has heard it."""
+        self._answer(HTTPStatus.FORBIDDEN, what=what)
+        self.close_connection = True
+        with suppress(OSError, ValueError):
+            for _ in self._body():
+                pass
+
+    def _answer(
+        self, status: HTTPStatus, headers: dict[str, str] | None = None, *, length: int = 0, what: str = ""
+    ) -> None:
         body = b""
         if status >= HTTPStatus.BAD_REQUEST and self.command != "HEAD":
-            body = json.dumps({"errors": [{"code": "UNSUPPORTED", "message": status.phrase}]}).encode()
+            # DENIED is what engines do not try again (distribution/push_v2.go).
+            body = json.dumps({"errors": [{"code": "DENIED", "message": what or status.phrase}]}).encode()
         self.send_response(status)
         for name, value in {"Docker-Distribution-API-Version": "registry/2.0", **(headers or {})}.items():
             self.send_header(name, value)

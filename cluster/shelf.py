@@ -48,16 +48,29 @@ class Shelf:
 
     def put(self, chunks: Iterable[bytes]) -> str:
         """Take a layer in, compressed or not; gives back the digest of its content."""
-        digest = hashlib.sha256()
+        digest, size = hashlib.sha256(), 0
+
+        def hear(content: bytes) -> None:
+            nonlocal size
+            digest.update(content)
+            size += len(content)
+
         with self._incoming() as (path, handle):
             with os.fdopen(handle, "wb") as file:
-                for chunk in _stored(chunks, digest.update):
+                for chunk in _stored(chunks, hear):
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
             name = f"sha256:{digest.hexdigest()}"
+            self._write(self._path("sizes", name), f"{size}\n".encode())
             self._name(path, self._path("layers", name))
         return name
+
+    def size(self, digest: str) -> int | None:
+        """How many bytes a layer has, unpacked; None where it has never been here."""
+        with suppress(OSError, ValueError):
+            return int(self._path("sizes", digest).read_text())
+        return None
 
     def config(self, digest: str) -> bytes | None:
         """An image's configuration by its digest."""
@@ -83,6 +96,11 @@ class Shelf:
     def note_pushed(self, name: str, digest: str, size: int) -> None:
         """Remember what an engine calls a layer."""
         self._write(self._path("pushed", name), f"{digest} {size}\n".encode())
+        self._write(self._path("known", digest), b"")
+
+    def is_known(self, digest: str) -> bool:
+        """Whether an engine has pushed this layer before, so that it will ask before it does so again."""
+        return self._path("known", digest).exists()
 
     def secret(self) -> str:
         """What an engine must know to push to us; made on first use."""

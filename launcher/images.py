@@ -208,7 +208,8 @@ def save(shelf: Shelf, path: Path, *, name: str, progress: Callable[[int, int], 
                 HERE, f"the image {name} is not there", next_step="launcher image build, or docker pull it"
             )
         if held.layers and here.engine.takes_parts():
-            read_layers(here.engine, held, shelf, have=0)  # so that all are on the shelf, verified
+            # So that all are on the shelf, verified.
+            read_layers(here.engine, held, shelf, have=0, progress=lambda _, taken, total: progress(taken, total))
             config = shelf.config(held.id)
             assert config is not None
             archive = compose(config, held.layers, [shelf.layer(layer) for layer in held.layers], tags=(name,))

@@ -61,12 +61,12 @@ def ship_image(
     looked = each(machines, lambda machine: _have(machine, image))
     answers: Answers[int] = Answers(bad=looked.bad)
     for batch in batches(looked.good):
-        archive = read_layers(source, image, shelf, have=batch.have)
+        archive = read_layers(source, image, shelf, have=batch.have, progress=progress)
         takers = [machine for machine in machines if machine.name in batch.nodes]
         delivered = _deliver(archive, takers, roads or {}, name, progress)
         refused = [one for one in takers if isinstance(delivered.bad.get(one.name), ImageError)]
         if refused and shelf.scrub(image.layers[batch.have :]):  # it was our copy that is damaged
-            archive = read_layers(source, image, shelf, have=batch.have)
+            archive = read_layers(source, image, shelf, have=batch.have, progress=progress)
             delivered = delivered.then(_deliver(archive, refused, roads or {}, name, progress))
         answers = answers.then(delivered)
     shelf.trim(keep=image.layers)
@@ -81,15 +81,15 @@ class _Names:
     digest: str
 
 
-def read_layers(source: Engine, image: Held, shelf: Shelf, *, have: int) -> Archive:
+def read_layers(source: Engine, image: Held, shelf: Shelf, *, have: int, progress: Progress) -> Archive:
     """An archive of the image without its first `have` layers; what is not on the shelf is had from the engine."""
     wanted = image.layers[have:]
-    if not _is_kept(shelf, image, wanted) and choose_source(have=have) == "push":
+    if not _is_kept(shelf, image, wanted) and _source(shelf, image, wanted) == "push":
+        # An engine that cannot reach us (rootless, in a network of its own) can still save.
         with suppress(ImageError), receiving(shelf, wanted=wanted) as registry:
             source.push(image.id, reference=registry.reference, user=USER, secret=registry.secret)
-        # An engine that cannot reach us (rootless, in a network of its own) can still save.
     if not _is_kept(shelf, image, wanted):
-        unpacked = unpack(source.save(image.id), shelf.put, where=f"node {source.node}")
+        unpacked = unpack(_told(source, image, progress), shelf.put, where=f"node {source.node}")
         if unpacked.digest != image.id:
             raise ImageError(source.node, f"the engine saved another image than {image.id}: {unpacked.digest}")
         shelf.put_config(unpacked.config)
@@ -102,6 +102,26 @@ def read_layers(source: Engine, image: Held, shelf: Shelf, *, have: int) -> Arch
 
 def _is_kept(shelf: Shelf, image: Held, wanted: Sequence[str]) -> bool:
     return shelf.config(image.id) is not None and all(shelf.layer(layer) for layer in wanted)
+
+
+def _source(shelf: Shelf, image: Held, wanted: Sequence[str]) -> str:
+    sizes = {layer: size for layer in image.layers if (size := shelf.size(layer)) is not None}
+    new = max(0, image.size - sum(sizes.values())) if len(sizes) < len(set(image.layers)) else 0
+    again = sum(
+        size
+        for layer, size in sizes.items()
+        if not shelf.is_known(layer) or (layer in wanted and not shelf.layer(layer))
+    )
+    return choose_source(size=image.size, new=new, compressed=new + again)
+
+
+def _told(source: Engine, image: Held, progress: Progress) -> Iterator[bytes]:
+    """The saved image; that it is being read is told under its own node's name."""
+    taken = 0
+    for chunk in source.save(image.id):
+        yield chunk
+        taken += len(chunk)
+        progress(source.node, taken, max(taken, image.size))
 
 
 def _have(machine: Machine, image: Held) -> int:

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,12 @@ def make_layer(name: str, content: bytes) -> bytes:
     return made.getvalue()
 
 
-def make_image(shelf: Shelf, layers: Sequence[bytes], *, mark: str) -> tuple[str, Archive]:
+def make_image(
+    shelf: Shelf, layers: Sequence[bytes], *, mark: str, labels: Mapping[str, str] | None = None
+) -> tuple[str, Archive]:
     """An image of these layers, on a shelf and as an archive; its digest. Nothing in it can be run."""
     names = [shelf.put([layer]) for layer in layers]
-    said = {"architecture": "amd64", "os": "linux", "config": {"Labels": {IMAGE_LABEL: mark}}}
+    said = {"architecture": "amd64", "os": "linux", "config": {"Labels": {IMAGE_LABEL: mark, **(labels or {})}}}
     config = json.dumps({**said, "rootfs": {"type": "layers", "diff_ids": names}}).encode()
     return shelf.put_config(config), compose(config, names, [shelf.layer(name) for name in names])
 

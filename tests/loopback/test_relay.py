@@ -343,7 +343,7 @@ def _address(keys: Path) -> str:
 
 
 def _port(keys: Path) -> str:
-    return re.findall(r"^Server listening on \S+ port (\d+)", (keys / "log").read_text(), re.MULTILINE)[-1]
+    return "".join(re.findall(r"^Server listening on \S+ port (\d+)", (keys / "log").read_text(), re.MULTILINE)[-1:])
 
 
 def _ssh(key: Path, server: Path, port: str, own: str, *words: str) -> subprocess.CompletedProcess[bytes]:

@@ -18,9 +18,20 @@ def test_nodes_that_lack_the_same_are_sent_it_together_and_the_quick_ones_first(
     assert batches({}) == ()
 
 
-@pytest.mark.parametrize(("have", "source"), [(0, "save"), (1, "push"), (9, "push")])
-def test_the_whole_is_saved_and_a_part_is_pushed(have: int, source: str) -> None:
-    assert choose_source(have=have) == source
+@pytest.mark.parametrize(
+    ("new", "compressed", "source"),
+    [
+        (1000, 1000, "save"),  # nobody has seen anything of it
+        (1, 1, "push"),  # the other layers have been pushed before
+        (250, 250, "push"),
+        (251, 251, "save"),
+        (125, 1000, "push"),  # they have been here, but were never pushed: once
+        (126, 1000, "save"),
+        (0, 0, "push"),
+    ],
+)
+def test_a_push_is_for_what_is_little_and_a_save_for_what_is_much(new: int, compressed: int, source: str) -> None:
+    assert choose_source(size=1000, new=new, compressed=compressed) == source
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def test_a_layer_is_found_by_its_content(shelf: Shelf, content: bytes) -> None:
     digest = shelf.put(pieces(content))
     assert digest == digest_of(content)
     assert read(shelf.layer(digest)) == content
+    assert shelf.size(digest) == len(content)
 
 
 def test_what_shrinks_is_kept_small_and_what_does_not_as_it_is(shelf: Shelf) -> None:
@@ -79,6 +80,7 @@ def test_what_breaks_off_leaves_nothing(shelf: Shelf) -> None:
 
 def test_what_is_not_there_is_none(shelf: Shelf) -> None:
     assert (shelf.layer(NOWHERE), shelf.config(NOWHERE), shelf.pushed(NOWHERE)) == (None, None, None)
+    assert (shelf.size(NOWHERE), shelf.is_known(NOWHERE)) == (None, False)
     assert shelf.layer("sha256:../../../etc/passwd") is None
     assert shelf.layer("") is None
 
@@ -92,6 +94,7 @@ def test_a_configuration_is_verified_when_it_is_read(shelf: Shelf) -> None:
 
 def test_what_an_engine_calls_a_layer_is_remembered(shelf: Shelf) -> None:
     shelf.note_pushed(digest_of(b"packed"), digest_of(b"content"), 12)
+    assert shelf.is_known(digest_of(b"content"))
     assert shelf.pushed(digest_of(b"packed")) == (digest_of(b"content"), 12)
     (shelf.folder / "pushed" / digest_of(b"packed")[7:]).write_text("torn")
     assert shelf.pushed(digest_of(b"packed")) is None
