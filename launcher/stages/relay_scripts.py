@@ -54,6 +54,7 @@ while [ "$at" -lt "$3" ] && kill -0 "$1"; do
   fi
 done
 EOS
+    # HOME: the account's start-up files must not say anything among the bytes.
     quoted() { printf "'%s'" "$(printf %s "$1" | sed "s/'/'\\\\''/g")"; }
     cat > "$keys/config" <<EOS
 ListenAddress $own
@@ -62,6 +63,7 @@ AuthorizedKeysFile $keys/allowed
 AuthenticationMethods publickey
 ForceCommand exec sh $(quoted "$keys/serve") $main $(quoted "$file") $total 2>/dev/null
 AllowUsers $(id -un)
+SetEnv HOME=$keys
 PermitRootLogin yes
 StrictModes no
 UsePAM no

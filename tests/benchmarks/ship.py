@@ -257,7 +257,7 @@ def stations(folder: Path, who: Site, hosts: dict[str, str]) -> Iterator[tuple[l
     with ExitStack() as stack:
         for name, host in hosts.items():
             (folder / name).mkdir()
-            options = (f"SetEnv PATH={bench}:{os.environ['PATH']}",)
+            options = (f"SetEnv PATH={bench}:{os.environ['PATH']} HOME={folder}",)
             inside = ("ip", "netns", "exec", name)
             server = running_sshd(folder / name, authorized=who.key, host=host, port=22, options=options, before=inside)
             transport = reach(who, stack.enter_context(server), name)

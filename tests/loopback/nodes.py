@@ -125,7 +125,8 @@ def nodes_of(folder: Path, engines: list[Dockerd], site: Site) -> Iterator[list[
         made = []
         for number, dockerd in enumerate(engines):
             name, host = f"gpu-{number + 1}", f"127.0.0.{number + 2}"
-            options = (f"SetEnv DOCKER_HOST=unix://{dockerd.socket}",)
+            # HOME: the start-up files of whoever runs the tests have nothing to do with a node.
+            options = (f"SetEnv DOCKER_HOST=unix://{dockerd.socket} HOME={folder}",)
             server = stack.enter_context(running_sshd(folder / name, authorized=site.key, host=host, options=options))
             transport = reach(site, server, name)
             machine = Machine(name=name, transport=transport, engine=DockerEngine(transport))
