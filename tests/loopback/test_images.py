@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,7 @@ from tests.loopback.images import docker, make_image, make_layer
 from tests.loopback.nodes import Dockerd, Node, nodes_of
 
 ROOT = Path(__file__).parents[2]
+PROGRESS = re.compile(r"  \S+ \d+/\d+ MB")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,8 @@ class Desk:
         )
         assert "Traceback" not in done.stderr
         assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        told = [line for line in done.stderr.splitlines(keepends=True) if not PROGRESS.match(line)]
+        return done.stdout + "".join(told)
 
     def json(self, *words: str) -> Any:
         """Call the program for data."""
