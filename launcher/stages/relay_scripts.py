@@ -100,7 +100,8 @@ fetch() {
     -o HostKeyAlias=peer -o "UserKnownHostsFile=$keys/known" -o GlobalKnownHostsFile=/dev/null \
     -o StrictHostKeyChecking=yes -o UpdateHostKeys=no -o CheckHostIP=no -o IdentitiesOnly=yes -o BatchMode=yes \
     -o PreferredAuthentications=publickey -o ConnectTimeout=5 -o ServerAliveInterval=2 -o ServerAliveCountMax=3 \
-    -o Compression=no -o ControlMaster=no -o LogLevel=ERROR -c aes128-gcm@openssh.com,chacha20-poly1305@openssh.com \
+    -o Compression=no -o ControlMaster=no -o LogLevel=ERROR \
+    -o KexAlgorithms=curve25519-sha256,ecdh-sha2-nistp256 -c aes128-gcm@openssh.com,chacha20-poly1305@openssh.com \
     -- "$2" "$(size)" </dev/null >"$keys/pipe" 2>"$keys/said" &
   line=$!
   # What has come is written down before anybody goes on from there.

@@ -271,36 +271,38 @@ def stations(folder: Path, who: Site, hosts: dict[str, str]) -> Iterator[tuple[l
 def network(count: int, *, mbit: int) -> Iterator[dict[str, str]]:
     """Namespaces on a bridge, with this machine as one more station; every link has the same rate both ways."""
     prefix = f"lb{os.getpid() % 10000}"
-    bridge = f"{prefix}br"
+    switch = f"{prefix}s"
     rate = ("root", "tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms")
     hosts = {f"{prefix}n{number}": f"10.213.77.{number + 10}" for number in range(count)}
 
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True)
+    def ip(*words: str, at: str | None = None) -> None:
+        subprocess.run(["ip", *(("-n", at) if at else ()), *words], check=True)
+
+    def plug(name: str, host: str, *, at: str | None) -> None:
+        """A cable from a station to the switch."""
+        end = ("netns", at) if at else ()
+        ip("link", "add", name, "netns", switch, "type", "veth", "peer", "name", f"{name}e", *end)
+        ip("link", "set", name, "master", "bridge", "up", at=switch)
+        ip("addr", "add", f"{host}/24", "dev", f"{name}e", at=at)
+        ip("link", "set", f"{name}e", "up", at=at)
+        for place, device in ((switch, name), (at, f"{name}e")):
+            inside = ("ip", "netns", "exec", place) if place else ()
+            subprocess.run([*inside, "tc", "qdisc", "add", "dev", device, *rate], check=True)
 
     try:
-        ip("link", "add", bridge, "type", "bridge")
-        ip("link", "set", bridge, "up")
-        ip("link", "add", f"{prefix}c", "type", "veth", "peer", "name", f"{prefix}cb")
-        ip("link", "set", f"{prefix}cb", "master", bridge, "up")
-        ip("addr", "add", "10.213.77.1/24", "dev", f"{prefix}c")
-        ip("link", "set", f"{prefix}c", "up")
-        subprocess.run(["tc", "qdisc", "add", "dev", f"{prefix}c", *rate], check=True)
+        # The bridge has a namespace of its own: the rules of this machine's Docker are none of its.
+        ip("netns", "add", switch)
+        ip("link", "add", "bridge", "type", "bridge", at=switch)
+        ip("link", "set", "bridge", "up", at=switch)
+        plug(f"{prefix}c", "10.213.77.1", at=None)
         for name, host in hosts.items():
             ip("netns", "add", name)
-            ip("link", "add", f"{name}b", "type", "veth", "peer", "name", "eth0", "netns", name)
-            ip("link", "set", f"{name}b", "master", bridge, "up")
-            ip("-n", name, "addr", "add", f"{host}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", "eth0", "up")
-            subprocess.run(["tc", "qdisc", "add", "dev", f"{name}b", *rate], check=True)
-            subprocess.run(["ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "eth0", *rate], check=True)
+            ip("link", "set", "lo", "up", at=name)
+            plug(name, host, at=name)
         yield hosts
     finally:
-        for name in hosts:
+        for name in (*hosts, switch):
             subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
-        for link in (f"{prefix}c", bridge):
-            subprocess.run(["ip", "link", "del", link], check=False, stderr=subprocess.DEVNULL)
 
 
 # --- transfers that are cut
