@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 import docker
@@ -25,6 +25,7 @@ from cluster.command import Command, Result
 from cluster.container import FOREIGN_STATES, Container, ContainerSpec, ContainerState
 from cluster.engine import engine_error
 from cluster.errors import CommandError, EngineError, ImageError, LockedError, NodeError, UnreachableError
+from cluster.layers import Held
 from cluster.transport import Channel, Transport
 
 _URL = "http://docker.invalid"
@@ -197,6 +198,69 @@ class DockerEngine:
         with self._translated("tag", ImageError):
             self._client.tag(image, repository, version, force=True)
 
+    def image(self, name: str) -> Held | None:
+        with self._translated("inspect image"):
+            try:
+                return _held(self._client.inspect_image(name))
+            except docker.errors.ImageNotFound:
+                return None
+
+    def held(self) -> tuple[Held, ...]:
+        with self._translated("list images"):
+            names = [str(one["Id"]) for one in self._client.images()]
+        seen = (self.image(name) for name in names)
+        return tuple(one for one in seen if one)  # one may have gone meanwhile
+
+    def takes_parts(self) -> bool:
+        with self._translated("info"):
+            said = dict(map(tuple, self._client.info().get("DriverStatus") or ()))
+        # The containerd image store keeps layers as they were compressed, and wants every one that is listed.
+        return "io.containerd.snapshotter.v1" not in said.values()
+
+    def push(self, image: str, *, reference: str, user: str, secret: str) -> None:
+        repository, tag = reference, image.rpartition(":")[2][:12]
+        with self._translated("push", ImageError):
+            # Names that killed pushes have left: the same, by another port.
+            path = reference.partition("/")[2]
+            names = self._client.inspect_image(image).get("RepoTags") or ()
+            stale = [name for name in names if name.startswith("127.0.0.1:") and f"/{path}:" in name]
+            if len(stale) == len(names):
+                # Our name for it would be its only one, and to take that away would remove the image.
+                raise ImageError(self.node, f"the image {image} has no name")
+            self._client.tag(image, repository, tag, force=True)
+            try:
+                self._push(repository, tag, login={"username": user, "password": secret, "serveraddress": reference})
+            finally:
+                for name in (*stale, f"{repository}:{tag}"):
+                    with suppress(docker.errors.ImageNotFound):
+                        self._client.remove_image(name, noprune=True)
+
+    def _push(self, repository: str, tag: str, *, login: Mapping[str, str]) -> None:
+        # Not the SDK's own: it waits for a word no longer than the client's timeout, and reads files of logins.
+        response = self._client._post(  # noqa: SLF001
+            self._client._url("/images/{0}/push", repository),  # noqa: SLF001
+            params={"tag": tag},
+            headers={"X-Registry-Auth": docker.auth.encode_header(dict(login))},
+            stream=True,
+            timeout=(self._timeout, _STALLED),
+        )
+        self._client._raise_for_status(response)  # noqa: SLF001
+        for message in self._client._stream_helper(response, decode=True):  # noqa: SLF001
+            if "error" in message:
+                raise ImageError(self.node, f"the image cannot be pushed: {message['error']}")
+
+    def remove_image(self, name: str) -> bool:
+        with self._translated("remove image"):
+            try:
+                self._client.remove_image(name)
+            except docker.errors.ImageNotFound:
+                return False
+            except docker.errors.APIError as error:
+                if error.status_code != requests.codes.conflict:
+                    raise
+                return False
+        return True
+
     def _must_have(self, name: str) -> str:
         found = self.image_id(name)
         if found is None:
@@ -358,6 +422,17 @@ class DockerEngine:
         return engine_error(self.node, "" if said.ok else " ".join(said.tail(1))) or EngineError(
             self.node, f"Docker broke off ({doing}): {error}", next_step="look at the engine's own log on the node"
         )
+
+
+def _held(one: Mapping[str, Any]) -> Held:
+    return Held(
+        id=str(one["Id"]),
+        tags=tuple(one.get("RepoTags") or ()),
+        layers=tuple((one.get("RootFS") or {}).get("Layers") or ()),
+        size=int(one.get("Size") or 0),
+        labels=dict((one.get("Config") or {}).get("Labels") or {}),
+        created=str(one.get("Created") or ""),
+    )
 
 
 def _inspected(one: Mapping[str, Any]) -> Container:

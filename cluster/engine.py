@@ -8,6 +8,7 @@ from typing import BinaryIO, Protocol
 from cluster.command import Command, Result
 from cluster.container import Container, ContainerSpec
 from cluster.errors import EngineError
+from cluster.layers import Held
 
 
 class Engine(Protocol):
@@ -44,6 +45,21 @@ class Engine(Protocol):
 
     def tag(self, image: str, name: str) -> None:
         """Give an image (by digest) a name."""
+
+    def image(self, name: str) -> Held | None:
+        """The image behind a name or digest, with its layers; they are empty where they cannot be said."""
+
+    def held(self) -> tuple[Held, ...]:
+        """Every image that it has."""
+
+    def takes_parts(self) -> bool:
+        """Whether `load` takes an archive that lacks layers which the engine has."""
+
+    def push(self, image: str, *, reference: str, user: str, secret: str) -> None:
+        """Send an image, layer by layer, to a registry that this engine reaches without TLS."""
+
+    def remove_image(self, name: str) -> bool:
+        """Take a name away, or the image when it has no other; False when a container uses it, or it is gone."""
 
     def create(self, spec: ContainerSpec) -> str:
         """Make a container; `LockedError` when the name is taken: creating one is atomic, so a name is a lock."""

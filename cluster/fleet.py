@@ -53,6 +53,13 @@ class Answers(Generic[T]):
     good: Mapping[str, T] = field(default_factory=dict)
     bad: Mapping[str, NodeError] = field(default_factory=dict)
 
+    def then(self, later: Answers[T]) -> Answers[T]:
+        """These answers, and later ones, which count instead where they are of the same node."""
+        again = {*later.good, *later.bad}
+        good = {node: value for node, value in self.good.items() if node not in again}
+        bad = {node: error for node, error in self.bad.items() if node not in again}
+        return Answers(good={**good, **later.good}, bad={**bad, **later.bad})
+
     def all_or_raise(self) -> Mapping[str, T]:
         """The values; or the first node's error, with the other nodes' errors as its detail."""
         if not self.bad:

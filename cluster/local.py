@@ -97,6 +97,17 @@ class LocalTransport:
                     sink(data)
             return -1
 
+    def pipe(self, command: Command, chunks: Iterable[bytes], sink: Sink) -> int:
+        """Feed a command while its standard output is handed over; standard error is dropped."""
+        with _started(command, errors=subprocess.DEVNULL) as process:
+            if isinstance(process, Result):
+                return process.code
+            threading.Thread(target=_feed, args=(process, chunks), daemon=True).start()
+            while data := os.read(_stdout(process), CHUNK):
+                sink(data)
+            process.wait()
+            return _code(process)
+
     def interact(self, command: Command, *, tty: bool) -> int:  # noqa: ARG002
         """Run a command on the user's own standard streams; it shares them with us, terminal and all."""
         try:

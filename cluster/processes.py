@@ -30,6 +30,7 @@ from typing import BinaryIO
 from cluster.command import Command, Result
 from cluster.container import Container, ContainerSpec, ContainerState
 from cluster.errors import EngineError, ImageError, LockedError
+from cluster.layers import Held
 
 IMAGE = "process"
 # What a job needs of the environment; their versions are the identity of the "image".
@@ -91,6 +92,23 @@ class ProcessEngine:
 
     def tag(self, image: str, name: str) -> None:
         raise self._no_images(image, name)
+
+    def image(self, name: str) -> Held | None:
+        digest = self.image_id(name)
+        return Held(id=digest, tags=(IMAGE,)) if digest else None
+
+    def held(self) -> tuple[Held, ...]:
+        found = self.image(IMAGE)
+        return (found,) if found else ()
+
+    def takes_parts(self) -> bool:
+        return False
+
+    def push(self, image: str, *, reference: str, user: str, secret: str) -> None:
+        raise self._no_images(image, reference, user, secret)
+
+    def remove_image(self, name: str) -> bool:  # noqa: ARG002 - the seam's
+        return False
 
     def _no_images(self, *_asked: object) -> EngineError:
         return EngineError(self.node, "the process engine has no images", next_step="use engine: docker")

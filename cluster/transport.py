@@ -54,6 +54,13 @@ class Transport(Protocol):
         Gives back the exit status, or -1 when stopped (the command is then ended on the machine too).
         """
 
+    def pipe(self, command: Command, chunks: Iterable[bytes], sink: Sink) -> int:
+        """Run a command with `chunks` as its standard input, and hand over its standard output meanwhile.
+
+        Both as they come: who waits for a word before the next chunk gets it. Gives back the exit status. The
+        command's standard input ends when the machine or the connection is gone, too.
+        """
+
     def interact(self, command: Command, *, tty: bool) -> int:
         """Run a command on the user's own standard streams; gives back the exit status."""
 

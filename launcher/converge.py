@@ -9,12 +9,15 @@ from pathlib import Path
 
 from cluster.engine import Engine
 from cluster.errors import ImageError, InputError, NodeError
+from cluster.facts import NodeFacts
 from cluster.inventory import Inventory
 from launcher import checks, zero
+from launcher.errors import PlanError
 from launcher.job import Job
-from launcher.plan import Plan, make_plan
+from launcher.plan import Plan, choose_address, make_plan, node_root, stays_here
 from launcher.session import Seen, Session, Voice, look, showing
 from launcher.stages.prepare import nodes_up, start_nodes
+from launcher.stages.relay import Road
 from launcher.stages.ship import lacking, ship_image
 
 
@@ -52,7 +55,7 @@ def converge(
     if missing_image and dry_run:
         todo += tuple(f"send the image {tag} to {node}" for node in missing_image)
     elif missing_image:
-        shipped = _ship(now, seen, tag=tag, digest=digest or "", to=missing_image)
+        shipped = ship(now, seen, tag=tag, digest=digest or "", to=missing_image)
     plan = make_plan(now.inventory, job, seen.facts, image=digest or tag)
     missing = nodes_up(now.machines, plan, seen.found)
     if dry_run:
@@ -125,15 +128,17 @@ def _have_image(now: Session, seen: Seen, *, tag: str, dry_run: bool) -> tuple[s
         here.close()
 
 
-def _ship(now: Session, seen: Seen, *, tag: str, digest: str, to: Sequence[str]) -> Mapping[str, int]:
-    """From this machine if it has the digest, else from a node that has it."""
+def ship(now: Session, seen: Seen, *, tag: str, digest: str, to: Sequence[str]) -> Mapping[str, int]:
+    """Send an image from this machine if it has the digest, else from a node that has it; bytes by node."""
     from cluster.dockerd import DockerEngine
     from cluster.local import LocalTransport
+    from cluster.shelf import Shelf
 
     here = DockerEngine(LocalTransport("this machine"))
     holder = next((machine for machine in now.machines if seen.digests[machine.name] == digest), None)
     try:
-        source = here if holder is None or _has(here, digest) else holder.engine
+        if holder is None or _has(here, digest):
+            holder = None
         targets = [machine for machine in now.machines if machine.name in to]
         named = [machine for machine in targets if _has(machine.engine, digest)]
         for machine in named:  # the digest is there under another name: nothing needs to travel
@@ -142,9 +147,30 @@ def _ship(now: Session, seen: Seen, *, tag: str, digest: str, to: Sequence[str])
         if rest:
             now.voice.say(f"sending {tag} to {', '.join(machine.name for machine in rest)}")
         with showing(now.voice):
-            return ship_image(source, rest, tag=tag, digest=digest, progress=now.voice.shipping)
+            return ship_image(
+                holder or here,
+                rest,
+                tag=tag,
+                digest=digest,
+                progress=now.voice.shipping,
+                shelf=Shelf(now.memory.shelf),
+                roads=roads(now.inventory, seen.facts),
+            )
     finally:
         here.close()
+
+
+def roads(inventory: Inventory, facts: Mapping[str, NodeFacts]) -> dict[str, Road]:
+    """Where every node keeps what is sent to it, and how the others reach it."""
+    alone = stays_here(inventory)
+    found = {}
+    for node in inventory.nodes:
+        try:
+            address = choose_address(node, facts[node.name], alone=alone)
+        except PlanError:  # it is fed from here, then
+            address = None
+        found[node.name] = Road(folder=f"{node_root(inventory, node, facts[node.name])}/ship", address=address)
+    return found
 
 
 def _has(engine: Engine, digest: str) -> bool:

@@ -3,12 +3,14 @@
 ClusterError
 ├── InputError
 │   └── PlanError     2   settings that contradict each other, or the nodes
+├── NodeError
+│   └── BusyError     7   another command of ours is at work on the node
 └── RunError          1   the job failed; the first cause is in `what`
 """
 
 from __future__ import annotations
 
-from cluster.errors import ClusterError, InputError
+from cluster.errors import ClusterError, InputError, NodeError
 
 
 class PlanError(InputError):
@@ -17,3 +19,9 @@ class PlanError(InputError):
 
 class RunError(ClusterError):
     """The job failed; `what` is the first cause: node, rank, how it ended."""
+
+
+class BusyError(NodeError):
+    """Another command of ours is at work on the node."""
+
+    exit_code = 7

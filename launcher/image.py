@@ -19,6 +19,8 @@ Flavour = Literal["cuda", "cpu"]
 DEFAULT_BASE = "debian:bookworm-slim"
 DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
+FINGERPRINT, PARTS = "launcher.fingerprint", "launcher.parts"  # labels of every image of ours
+
 # In the folder for people and for the machine that starts the build, not for the builder.
 _NOT_SENT = frozenset({"base.sh", ".dockerignore"})
 _TAIL = 4 << 20
@@ -143,6 +145,43 @@ def fingerprint(entries: Iterable[Entry], arguments: Mapping[str, str], *, base_
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
+def parts(entries: Iterable[Entry], arguments: Mapping[str, str]) -> dict[str, str]:
+    """What a fingerprint was made of, by name; kept in the image's labels, to explain a changed one.
+
+    Files by a digest, arguments as they are: those stand in the image's history, too.
+    """
+    files = {f"file {entry.name}": entry.digest[:16] for entry in entries}
+    return {"format": _FORMAT, **{f"argument {name}": value for name, value in arguments.items()}, **files}
+
+
+def read_parts(labels: Mapping[str, str]) -> dict[str, str] | None:
+    """The parts that an image's labels tell of; None where it was built before they were kept."""
+    try:
+        told = json.loads(labels[PARTS])
+    except (KeyError, ValueError):
+        return None
+    return {str(name): str(value) for name, value in told.items()} if isinstance(told, dict) else None
+
+
+def explain(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[str, ...]:
+    """What makes one fingerprint another, one line for each part."""
+    lines = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name), after.get(name)
+        if old == new:
+            continue
+        if old is None or new is None:
+            lines.append(f"{name}: {'added' if old is None else 'removed'}{_value(name, old or new or '')}")
+        else:
+            lines.append(f"{name}: changed{_value(name, old, new)}")
+    return tuple(lines)
+
+
+def _value(name: str, *values: str) -> str:
+    """The values of an argument; a file's digests would tell nobody anything."""
+    return f" ({' -> '.join(values)})" if name.startswith("argument ") else ""
+
+
 def tag(flavour: Flavour, fingerprint: str) -> str:
     """The image's name: the same recipe, the same name."""
     return f"launcher/{flavour}:{fingerprint[:12]}"
@@ -153,9 +192,10 @@ def base_tag(script: bytes, *, suite: str = "bookworm") -> str:
     return f"launcher/base:{suite}-{hashlib.sha256(script).hexdigest()[:12]}"
 
 
-def labels(flavour: Flavour, fingerprint: str) -> dict[str, str]:
+def labels(flavour: Flavour, fingerprint: str, parts: Mapping[str, str]) -> dict[str, str]:
     """What the image says about itself, beside the labels of the Dockerfile."""
-    return {"launcher.flavour": flavour, "launcher.fingerprint": fingerprint}
+    told = json.dumps(dict(parts), sort_keys=True, separators=(",", ":"))
+    return {"launcher.flavour": flavour, FINGERPRINT: fingerprint, PARTS: told}
 
 
 def write_context(entries: Iterable[Entry], out: BinaryIO) -> None:

@@ -5,6 +5,7 @@
     <state>/clusters/<name>/known_hosts pinned host keys
     <state>/clusters/<name>/facts.json  the last survey
     <state>/clusters/<name>/runs/<id>/  plan.json, events.jsonl, logs/<node>.log, logs/rank-00005.log
+    <state>/shelf/                      layers of images, by content (`cluster.shelf`)
 
 Nothing here is needed to find containers (labels do that): it is memory, and may be lost.
 """
@@ -53,6 +54,11 @@ class Memory:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @property
+    def shelf(self) -> Path:
+        """Where image layers are kept."""
+        return self._folder / "shelf"
+
     def cluster(self, name: str) -> ClusterMemory:
         """One cluster's part; it need not be there yet."""
         return ClusterMemory(self._folder / "clusters" / name)
@@ -89,6 +95,11 @@ class ClusterMemory:
     def known_hosts(self) -> Path:
         """The pinned host keys."""
         return self.folder / "known_hosts"
+
+    @property
+    def shelf(self) -> Path:
+        """Where image layers are kept, for all clusters."""
+        return Memory(self.folder.parent.parent).shelf
 
     def inventory(self) -> Path | None:
         """Where the inventory file was when the cluster was last brought up."""

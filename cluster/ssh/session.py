@@ -102,8 +102,7 @@ class Session:
         ]
         for reader in readers:
             reader.start()
-        self.feed(chunks)
-        self._shut()
+        self.pour(chunks)
         for reader in readers:
             reader.join()
         return Result(code=self.code(), stdout=b"".join(output), stderr=b"".join(self.errors))
@@ -122,6 +121,11 @@ class Session:
                 if not sent:
                     return
                 view = view[sent:]
+
+    def pour(self, chunks: Iterable[bytes]) -> None:
+        """Feed the command all there is, and end its standard input."""
+        self.feed(chunks)
+        self._shut()
 
     def drain_output(self, pieces: list[bytes]) -> None:
         """Collect standard output to its end."""

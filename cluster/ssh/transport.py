@@ -11,7 +11,7 @@ from cluster.command import Command, Result, script
 from cluster.errors import UnreachableError
 from cluster.ssh.dial import dial
 from cluster.ssh.route import LIMITS, USER_CONFIG, Limits, route
-from cluster.ssh.session import Link, Session, wire_line
+from cluster.ssh.session import Link, Session, patiently, wire_line
 from cluster.transport import Channel, Sink
 from cluster.trust import Address
 
@@ -82,6 +82,15 @@ class SshTransport:
                     return session.code()
             session.hang_up()
             return -1
+
+    def pipe(self, command: Command, chunks: Iterable[bytes], sink: Sink) -> int:
+        """Feed a command while its standard output is handed over; standard error is dropped."""
+        with self._session(command.shell(), lasting=True) as session:
+            threading.Thread(target=session.pour, args=(chunks,), daemon=True).start()
+            threading.Thread(target=session.drain_errors, daemon=True).start()
+            while data := patiently(session.channel.recv):
+                sink(data)
+            return session.code()
 
     def interact(self, command: Command, *, tty: bool) -> int:
         """Run a command on the user's own standard streams; with `tty`, on a terminal like theirs."""

@@ -187,7 +187,7 @@ def _write(file: Path, text: str) -> None:
 
 @launcher.group(cls=Group)
 def image() -> None:
-    """The image: build it."""
+    """Images: build, send, save, load; what is where, and what may go."""
 
 
 @image.command("build")

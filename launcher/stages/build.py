@@ -41,7 +41,7 @@ def read_recipe(asked: ImageRecipe, flavour: image.Flavour) -> Recipe:
         tag=image.tag(recipe.flavour, digest),
         entries=entries,
         arguments=arguments,
-        labels=image.labels(recipe.flavour, digest),
+        labels=image.labels(recipe.flavour, digest, image.parts(entries, arguments)),
         network=None if asked.build_network == "default" else asked.build_network,
         base=asked.base,
         mirror=asked.apt_mirror,

@@ -9,10 +9,18 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 
+from cluster.archive import Archive, compose, unpack
 from cluster.engine import Engine
-from cluster.errors import ImageError
-from cluster.fleet import Machine, each
+from cluster.errors import CommandError, ImageError, NodeError
+from cluster.fleet import Answers, Machine, each
+from cluster.layers import Held, shared
+from cluster.registry import USER, receiving
+from cluster.shelf import Shelf
+from launcher.delta import batches, choose_source, choose_way
+from launcher.stages.relay import Parcel, Road, relay, save_there
 
 Progress = Callable[[str, int, int], None]  # node, bytes that it has taken, bytes in all (about)
 # A slow node may lag this many chunks (1 MiB each) behind the source before it slows the others down.
@@ -25,18 +33,185 @@ def lacking(digests: Mapping[str, str | None], wanted: str) -> tuple[str, ...]:
 
 
 def ship_image(
-    source: Engine, machines: Sequence[Machine], *, tag: str, digest: str, progress: Progress
+    source: Engine | Machine,
+    machines: Sequence[Machine],
+    *,
+    tag: str,
+    digest: str,
+    progress: Progress,
+    shelf: Shelf | None = None,
+    roads: Mapping[str, Road] | None = None,
 ) -> Mapping[str, int]:
     """Send the image to these machines; gives back the bytes that each one took.
 
-    The source is read once, however many take it. One that fails does not hold the others up.
+    `source` is this machine's engine, or a node. With a shelf, on which layers are kept from one time to the next,
+    only the layers that a machine lacks travel; with roads, much for many goes from machine to machine. One that fails
+    does not hold the others up.
     """
     if not machines:
         return {}
-    total = source.image_bytes(digest)
+    name = _Names(tag=tag, digest=digest)
+    if isinstance(source, Machine):
+        if roads:
+            return _from_node(source, machines, roads, name, progress)
+        return _stream(source.engine, machines, name, progress).all_or_raise()
+    image = source.image(digest)
+    if shelf is None or image is None or not image.layers or not source.takes_parts():
+        return _stream(source, machines, name, progress).all_or_raise()
+    looked = each(machines, lambda machine: _have(machine, image))
+    answers: Answers[int] = Answers(bad=looked.bad)
+    for batch in batches(looked.good):
+        archive = read_layers(source, image, shelf, have=batch.have, progress=progress)
+        takers = [machine for machine in machines if machine.name in batch.nodes]
+        delivered = _deliver(archive, takers, roads or {}, name, progress)
+        refused = [one for one in takers if isinstance(delivered.bad.get(one.name), ImageError)]
+        if refused and shelf.scrub(image.layers[batch.have :]):  # it was our copy that is damaged
+            archive = read_layers(source, image, shelf, have=batch.have, progress=progress)
+            delivered = delivered.then(_deliver(archive, refused, roads or {}, name, progress))
+        answers = answers.then(delivered)
+    shelf.trim(keep=image.layers)
+    return answers.all_or_raise()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Names:
+    """The image that is meant, and the name that it gets when it is whole."""
+
+    tag: str
+    digest: str
+
+
+def read_layers(source: Engine, image: Held, shelf: Shelf, *, have: int, progress: Progress) -> Archive:
+    """An archive of the image without its first `have` layers; what is not on the shelf is had from the engine."""
+    wanted = image.layers[have:]
+    if not _is_kept(shelf, image, wanted) and _source(shelf, image, wanted) == "push":
+        # An engine that cannot reach us (rootless, in a network of its own) can still save.
+        with suppress(ImageError), receiving(shelf, wanted=wanted) as registry:
+            source.push(image.id, reference=registry.reference, user=USER, secret=registry.secret)
+    if not _is_kept(shelf, image, wanted):
+        unpacked = unpack(_told(source, image, progress), shelf.put, where=f"node {source.node}")
+        if unpacked.digest != image.id:
+            raise ImageError(source.node, f"the engine saved another image than {image.id}: {unpacked.digest}")
+        shelf.put_config(unpacked.config)
+    config = shelf.config(image.id)
+    files = [None] * have + [shelf.layer(layer) for layer in wanted]
+    if config is None or None in files[have:]:
+        raise ImageError(source.node, "the layers that were read are gone again", next_step="run it again")
+    return compose(config, image.layers, files)
+
+
+def _is_kept(shelf: Shelf, image: Held, wanted: Sequence[str]) -> bool:
+    return shelf.config(image.id) is not None and all(shelf.layer(layer) for layer in wanted)
+
+
+def _source(shelf: Shelf, image: Held, wanted: Sequence[str]) -> str:
+    sizes = {layer: size for layer in image.layers if (size := shelf.size(layer)) is not None}
+    new = max(0, image.size - sum(sizes.values())) if len(sizes) < len(set(image.layers)) else 0
+    again = sum(
+        size
+        for layer, size in sizes.items()
+        if not shelf.is_known(layer) or (layer in wanted and not shelf.layer(layer))
+    )
+    return choose_source(size=image.size, new=new, compressed=new + again)
+
+
+def _told(source: Engine, image: Held, progress: Progress) -> Iterator[bytes]:
+    """The saved image; that it is being read is told under its own node's name."""
+    taken = 0
+    for chunk in source.save(image.id):
+        yield chunk
+        taken += len(chunk)
+        progress(source.node, taken, max(taken, image.size))
+
+
+def _have(machine: Machine, image: Held) -> int:
+    engine = machine.engine
+    return shared(image.layers, engine.held()) if engine.takes_parts() else 0
+
+
+def _deliver(
+    archive: Archive, machines: Sequence[Machine], roads: Mapping[str, Road], name: _Names, progress: Progress
+) -> Answers[int]:
+    """The quickest way; a node that cannot keep an archive in a file is sent it straight into its engine."""
+    able = [machine for machine in machines if machine.name in roads]
+    if choose_way(archive.size, [machine.name for machine in able]) == "direct":
+        return _direct(archive, machines, name, progress)
+    relayed = _relay(archive, able, roads, name, progress)
+    left = [one for one in machines if one.name not in relayed.good and _may_try_again(relayed.bad.get(one.name))]
+    return relayed.then(_direct(archive, left, name, progress))
+
+
+def _from_node(
+    source: Machine, machines: Sequence[Machine], roads: Mapping[str, Road], name: _Names, progress: Progress
+) -> Mapping[str, int]:
+    """From a node to nodes, past this machine; what cannot go that way is streamed through it."""
+    try:
+        archive = save_there(source, roads[source.name], digest=name.digest)
+    except NodeError:
+        return _stream(source.engine, machines, name, progress).all_or_raise()
+    relayed = _relay(archive, machines, roads, name, progress, source=source)
+    left = [one for one in machines if one.name in relayed.bad and _may_try_again(relayed.bad[one.name])]
+    return relayed.then(_stream(source.engine, left, name, progress)).all_or_raise()
+
+
+def _relay(
+    parcel: Parcel,
+    machines: Sequence[Machine],
+    roads: Mapping[str, Road],
+    name: _Names,
+    progress: Progress,
+    *,
+    source: Machine | None = None,
+) -> Answers[int]:
+    relayed = relay(parcel, machines, roads, progress, source=source)
+    settled = each([one for one in machines if one.name in relayed.good], lambda one: _settle(one, name))
+    return relayed.then(Answers(bad=settled.bad))
+
+
+def _may_try_again(error: NodeError | None) -> bool:
+    """Whether another way may help: not where a node is gone, or somebody else is at work on it."""
+    return error is None or isinstance(error, CommandError | ImageError)
+
+
+def _direct(archive: Archive, machines: Sequence[Machine], name: _Names, progress: Progress) -> Answers[int]:
+    """From here to each, all at once."""
+
+    def load(machine: Machine) -> int:
+        taken = 0
+
+        def chunks() -> Iterator[bytes]:
+            nonlocal taken
+            for chunk in archive.chunks():
+                taken += len(chunk)
+                yield chunk
+                progress(machine.name, taken, archive.size)
+
+        machine.engine.load(chunks())
+        _settle(machine, name)
+        return taken
+
+    return each(machines, load, width=max(1, len(machines)))
+
+
+def _settle(machine: Machine, name: _Names) -> None:
+    """Give the image its name, if it is the one that was meant."""
+    if machine.engine.image_id(name.digest) != name.digest:
+        raise ImageError(
+            machine.name,
+            f"the image did not arrive as {name.digest}",
+            next_step="let all nodes use the same image store (containerd's names images by another digest)",
+        )
+    machine.engine.tag(name.digest, name.tag)
+
+
+def _stream(source: Engine, machines: Sequence[Machine], name: _Names, progress: Progress) -> Answers[int]:
+    """The whole image, as the engine saves it. The source is read once, however many take it."""
+    if not machines:
+        return Answers()
+    total = source.image_bytes(name.digest)
     pipes = {machine.name: _Pipe() for machine in machines}
     broken: list[BaseException] = []
-    threading.Thread(target=_read, args=(source, digest, tuple(pipes.values()), broken), daemon=True).start()
+    threading.Thread(target=_read, args=(source, name.digest, tuple(pipes.values()), broken), daemon=True).start()
 
     def take(machine: Machine) -> int:
         pipe = pipes[machine.name]
@@ -53,21 +228,14 @@ def ship_image(
             machine.engine.load(chunks())
         finally:
             pipe.leave()
-        arrived = machine.engine.image_id(digest)
-        if arrived != digest:
-            raise ImageError(
-                machine.name,
-                f"the image did not arrive as {digest}",
-                next_step="let all nodes use the same image store (containerd's names images by another digest)",
-            )
-        machine.engine.tag(digest, tag)
+        _settle(machine, name)
         return taken
 
     # All at once, however many they are: who has not begun to take would hold the source up.
     answers = each(machines, take, width=len(machines))
     if broken:
         raise broken[0]  # once, not as every taking node's own
-    return answers.all_or_raise()
+    return answers
 
 
 class _Pipe:

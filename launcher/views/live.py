@@ -86,6 +86,8 @@ class Teller:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last = 0.0
+        self._began: dict[str, tuple[float, int]] = {}  # when a node's first bytes were told, and how many
+        self._shown: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
@@ -106,7 +108,15 @@ class Teller:
 
     def shipping(self, node: str, taken: int, total: int) -> None:
         """How many bytes of the image a node has taken, of about how many."""
-        self._show(node, "", done=taken, total=total, shown=f"{taken / 1e6:.0f}/{total / 1e6:.0f} MB")
+        now = time.monotonic()
+        began, first = self._began.setdefault(node, (now, taken))
+        left = seconds_left(taken, total, since_first=taken - first, seconds=now - began)
+        shown = f"{taken / 1e6:.0f}/{total / 1e6:.0f} MB"
+        if self._moving:
+            self._show(node, "", done=taken, total=total, shown=shown)
+            return
+        self._shown[node] = f"{node} {shown}" + (f", {left:.0f} s left" if left else "")
+        self._show("; ".join(self._shown.values()), "", done=taken, total=total, shown="")
 
     def carrying(self, name: str, taken: int, total: int, left: float | None) -> None:
         """How many bytes of so many have arrived somewhere, and about how many seconds the rest will take."""
@@ -123,6 +133,8 @@ class Teller:
             self._bars.stop()
         self._bars = None
         self._tasks.clear()
+        self._began.clear()
+        self._shown.clear()
 
     def _show(self, name: str, text: str, *, done: int, total: int, shown: str) -> None:
         with self._lock:
@@ -130,7 +142,7 @@ class Teller:
                 self._move(name, text[:60], done=done, total=total, shown=shown)
             elif time.monotonic() - self._last >= EVERY:
                 self._last = time.monotonic()
-                self._out.write(f"  {name} {shown} {text[:100]}".rstrip() + "\n")
+                self._out.write(f"  {name} {shown}".rstrip() + f" {text[:100]}".rstrip() + "\n")
                 self._out.flush()
 
     def _move(self, name: str, text: str, *, done: int, total: int, shown: str) -> None:
@@ -148,6 +160,11 @@ class Teller:
         self._bars.update(
             self._tasks[name], completed=done, total=total or None, description=escape(text), shown=escape(shown)
         )
+
+
+def seconds_left(taken: int, total: int, *, since_first: int, seconds: float) -> float | None:
+    """How long the rest takes at the pace so far; None while there is none."""
+    return (total - taken) * seconds / since_first if since_first > 0 and seconds > 0 and total > taken else None
 
 
 def paint(text: str, colour: int, *, on: bool) -> str:

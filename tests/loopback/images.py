@@ -13,12 +13,15 @@ import secrets
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cluster.archive import Archive, compose
+from cluster.shelf import Shelf
 
 LABEL = "launcher.test"
 IMAGE_LABEL = "launcher.test.image"  # another one: a container inherits its image's labels
@@ -55,6 +58,26 @@ def swept(tiny: Tiny) -> Iterator[Tiny]:
     """The image; what a test made of it is gone afterwards."""
     yield tiny
     sweep(tiny.mark)
+
+
+def make_layer(name: str, content: bytes) -> bytes:
+    """A layer with one file."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        archive.addfile(header, io.BytesIO(content))
+    return made.getvalue()
+
+
+def make_image(
+    shelf: Shelf, layers: Sequence[bytes], *, mark: str, labels: Mapping[str, str] | None = None
+) -> tuple[str, Archive]:
+    """An image of these layers, on a shelf and as an archive; its digest. Nothing in it can be run."""
+    names = [shelf.put([layer]) for layer in layers]
+    said = {"architecture": "amd64", "os": "linux", "config": {"Labels": {IMAGE_LABEL: mark, **(labels or {})}}}
+    config = json.dumps({**said, "rootfs": {"type": "layers", "diff_ids": names}}).encode()
+    return shelf.put_config(config), compose(config, names, [shelf.layer(name) for name in names])
 
 
 def sweep(mark: str) -> None:

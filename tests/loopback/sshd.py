@@ -98,8 +98,9 @@ def running_sshd(
     kinds: tuple[str, ...] = ("ed25519",),
     options: tuple[str, ...] = (),
     host: str = LOCALHOST,
+    before: tuple[str, ...] = (),
 ) -> Iterator[Sshd]:
-    """Run a server that lets the holder of one key in, as the user who runs the test."""
+    """Run a server that lets the holder of one key in, as the user who runs the test; `before` are words before it."""
     folder.mkdir(parents=True, exist_ok=True)
     Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on its empty folder when root starts it
     for kind in kinds:
@@ -121,7 +122,7 @@ def running_sshd(
         *options,
     ]
     (folder / "sshd_config").write_text("\n".join(config) + "\n")
-    line = [str(SSHD), "-D", "-f", str(folder / "sshd_config"), "-E", str(folder / "sshd.log")]
+    line = [*before, str(SSHD), "-D", "-f", str(folder / "sshd_config"), "-E", str(folder / "sshd.log")]
     server = Sshd(port=port, folder=folder, process=subprocess.Popen(line), host=host)
     try:
         _wait_for(server)

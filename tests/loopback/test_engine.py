@@ -23,6 +23,7 @@ from cluster.container import Container, ContainerSpec, ContainerState, Mount
 from cluster.dockerd import DockerEngine
 from cluster.engine import Engine
 from cluster.errors import EngineError, ImageError, LockedError
+from cluster.layers import Held
 from cluster.local import LocalTransport
 from cluster.processes import ProcessEngine
 from tests.loopback.conftest import Site
@@ -92,6 +93,18 @@ class EngineContract:
         assert engine.image_id("launcher-test/no-such-image:1") is None
         assert engine.image_id("sha256:" + "0" * 64) is None
         assert engine.image_bytes("launcher-test/no-such-image:1") == 0
+
+    def test_an_image_is_told_of_with_its_names(self, engine: Engine) -> None:
+        found = engine.image(self.image)
+        assert found is not None
+        assert found.id == engine.image_id(self.image)
+        assert self.image in found.tags
+        assert engine.image(found.id) == found
+        assert found in engine.held()
+        assert engine.image("launcher-test/no-such-image:1") is None
+
+    def test_what_is_not_there_cannot_be_removed(self, engine: Engine) -> None:
+        assert engine.remove_image("launcher-test/no-such-image:1") is False
 
     def test_of_sixteen_racers_one_has_the_name(self, engine: Engine) -> None:
         def race(_: int) -> str | None:
@@ -304,6 +317,30 @@ class DockerContract(EngineContract):
 
 
 class TestDockerHere(DockerContract):
+    def test_an_image_is_told_of_layer_by_layer(self, engine: Engine, tiny: Tiny) -> None:
+        found, said = engine.image(tiny.tag), inspect(tiny.tag)
+        assert found == Held(
+            id=tiny.digest,
+            tags=(tiny.tag,),
+            layers=tuple(said["RootFS"]["Layers"]),
+            size=said["Size"],
+            labels=said["Config"]["Labels"],
+            created=said["Created"],
+        )
+        assert engine.takes_parts() is True
+
+    def test_an_image_that_a_container_uses_stays_and_one_of_two_names_goes(self, engine: Engine, tiny: Tiny) -> None:
+        name = f"launcher-test/removed:{tiny.mark}"
+        docker("build", "-q", "-t", name, "--label", "removed=yes", "-", stdin=f"FROM {tiny.tag}\n".encode())
+        other = f"{name}-other"
+        engine.tag(name, other)
+        assert engine.remove_image(other) is True
+        container = engine.create(replace(self.spec(*SLEEP), image=name))
+        assert engine.remove_image(name) is False
+        engine.remove(container)
+        assert engine.remove_image(name) is True
+        assert engine.image(name) is None
+
     @pytest.fixture
     def engine(self) -> Iterator[Engine]:
         engine = DockerEngine(LocalTransport("here"))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
-import signal
-import subprocess
+import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,81 +15,13 @@ from cluster.dockerd import DockerEngine
 from cluster.errors import EngineError, ImageError, UnreachableError
 from cluster.fleet import WIDTH, Machine
 from cluster.local import LocalTransport
+from cluster.shelf import Shelf
 from launcher.stages.ship import lacking, ship_image
-from tests.loopback.images import IMAGE_LABEL, Tiny, docker, inspect
+from tests.loopback.images import IMAGE_LABEL, Tiny, docker, inspect, make_image, make_layer
+from tests.loopback.nodes import Dockerd, HereButThere
 from tests.pure.doubles import FileTransport, MemoryEngine
 
 TAG = "launcher-test/shipped:1"
-
-
-class Dockerd:
-    """A second Docker engine: its own data, socket and containerd; no network, no iptables."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.socket = folder / "docker.sock"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it; skip where that is not possible."""
-        program = shutil.which("dockerd")
-        if program is None:
-            pytest.skip("there is no dockerd here: apt install docker.io")
-        # In a network of its own: at its start an engine without a bridge removes the docker0 of the one beside it.
-        line = ["unshare", "--net", program, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
-        line += ["--pidfile", f"{self.folder}/pid", "-H", f"unix://{self.socket}", "--storage-driver", "vfs"]
-        line += ["--bridge", "none", "--iptables=false", "--ip-masq=false"]
-        with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(line, stdout=log, stderr=log)
-        for _ in range(1000):
-            if self.say("version").returncode == 0:
-                return
-            if self._process.poll() is not None:
-                pytest.skip("a second dockerd does not start here")
-            time.sleep(0.02)
-        raise AssertionError((self.folder / "log").read_text())
-
-    def say(self, *argv: str) -> subprocess.CompletedProcess[bytes]:
-        """Ask it something."""
-        return docker("-H", f"unix://{self.socket}", *argv, check=False)
-
-    def images(self) -> list[str]:
-        """All that it has, with a name or without."""
-        return self.say("images", "-aq", "--no-trunc").stdout.decode().split()
-
-    def kill(self) -> None:
-        """End it at once, as a power cut would."""
-        assert self._process
-        self._process.kill()
-        self._process.wait()
-        with suppress(OSError, ValueError):
-            os.kill(int((self.folder / "exec/containerd/containerd.pid").read_text()), signal.SIGKILL)
-        for left in ("pid", "exec/containerd/containerd.pid"):
-            (self.folder / left).unlink(missing_ok=True)
-        self._unmount()
-
-    def stop(self) -> None:
-        """End it in order."""
-        if self._process and self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait(60)
-        self._unmount()
-
-    def _unmount(self) -> None:
-        """An engine mounts its data on themselves, and leaves that behind when it is killed."""
-        while subprocess.run(["umount", f"{self.folder}/data"], capture_output=True, check=False).returncode == 0:
-            pass
-
-
-class HereButThere(LocalTransport):
-    """This machine, with another engine."""
-
-    def __init__(self, socket: Path) -> None:
-        super().__init__("there")
-        self._there = socket
-
-    def _docker_socket(self) -> Path:
-        return self._there
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +42,7 @@ def there(other: Dockerd) -> Iterator[Machine]:
     engine = DockerEngine(transport)
     yield Machine(name="there", transport=transport, engine=engine)
     engine.close()
-    for image in other.images():
-        other.say("rmi", "-f", image)
+    other.clear()
 
 
 class Source(DockerEngine):
@@ -165,7 +92,7 @@ class TestBetweenEngines:
         with pytest.raises(UnreachableError, match="node here: the connection was lost"):
             ship(source, there, tiny.digest)
         assert other.images() == []
-        assert _left_over(other) == []
+        assert other.left_over() == []
         source.spoil = iter
         ship(source, there, tiny.digest)
         assert other.images() == [tiny.digest]
@@ -215,7 +142,7 @@ class TestBetweenEngines:
             ship(source, there, tiny.digest)
         if there.engine.image_id(tiny.digest):  # what was changed is no part of the image
             layers = inspect(tiny.digest)["RootFS"]
-            assert _inspected(there, tiny.digest) == layers
+            assert layers_of(there, tiny.digest) == layers
 
     def test_what_is_there_already_is_sent_without_harm(self, source: Source, there: Machine, tiny: Tiny) -> None:
         ship(source, there, tiny.digest)
@@ -223,14 +150,107 @@ class TestBetweenEngines:
         assert there.engine.image_id(TAG) == tiny.digest
 
 
-def _inspected(there: Machine, digest: str) -> object:
+class Layered:
+    """Images with a large lower layer and a small upper one, on this machine's engine."""
+
+    def __init__(self, folder: Path, mark: str) -> None:
+        self.mark = mark
+        self._shelf = Shelf(folder / "maker")
+        self._base = make_layer("base", random.Random(11).randbytes(2 << 20))  # noqa: S311 - the same every time
+        self.made: list[str] = []
+
+    def make(self, code: str) -> str:
+        """An image whose upper layer holds this; its digest."""
+        digest, archive = make_image(self._shelf, [self._base, make_layer("code", code.encode())], mark=self.mark)
+        docker("load", "-q", stdin=b"".join(archive.chunks()))
+        docker("tag", digest, f"launcher-test/layered:{len(self.made)}-{self.mark}")
+        self.made.append(digest)
+        return digest
+
+
+@pytest.fixture
+def layered(tmp_path: Path, tiny: Tiny) -> Iterator[Layered]:
+    layered = Layered(tmp_path, tiny.mark)
+    yield layered
+    for digest in layered.made:
+        docker("rmi", "-f", digest, check=False)
+
+
+class TestOnlyWhatIsMissing:
+    @pytest.fixture
+    def shelf(self, tmp_path: Path) -> Shelf:
+        return Shelf(tmp_path / "shelf")
+
+    def ship(self, source: Source, there: Machine, digest: str, shelf: Shelf) -> int:
+        sent = ship_image(source, [there], tag=TAG, digest=digest, progress=lambda *_: None, shelf=shelf)
+        assert there.engine.image_id(TAG) == digest
+        return sent["there"]
+
+    def test_a_new_upper_layer_travels_alone(
+        self, source: Source, there: Machine, layered: Layered, shelf: Shelf
+    ) -> None:
+        first, second, third = (layered.make(code) for code in ("one", "two", "three"))
+        assert self.ship(source, there, first, shelf) > 2 << 20
+        assert self.ship(source, there, second, shelf) < 20_000
+        assert self.ship(source, there, third, shelf) < 20_000
+        assert source.read == 1, "only the first one was saved whole; what came later was pushed"
+        assert layers_of(there, third) == inspect(third)["RootFS"]
+
+    def test_an_image_of_known_layers_is_its_configuration(
+        self, source: Source, there: Machine, layered: Layered, shelf: Shelf
+    ) -> None:
+        digest = layered.make("one")
+        self.ship(source, there, digest, shelf)
+        name = f"launcher-test/labelled:{layered.mark}"
+        docker("build", "-q", "-t", name, "--label", "more=yes", "-", stdin=f"FROM {digest}\n".encode())
+        layered.made.append(inspect(name)["Id"])
+        assert self.ship(source, there, inspect(name)["Id"], shelf) < 10_000
+
+    def test_an_engine_that_cannot_push_to_us_saves(
+        self, source: Source, there: Machine, layered: Layered, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = (layered.make(code) for code in ("one", "two"))
+        self.ship(source, there, first, shelf)
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            nobody = f"127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr("cluster.registry.Registry.reference", f"{nobody}/launcher/layers")
+        assert self.ship(source, there, second, shelf) < 20_000
+        assert source.read == 2
+
+    def test_the_shelf_alone_is_enough(self, source: Source, there: Machine, layered: Layered, shelf: Shelf) -> None:
+        digest = layered.make("one")
+        self.ship(source, there, digest, shelf)
+        there.engine.remove_image(TAG)
+        self.ship(source, there, digest, shelf)
+        assert source.read == 1
+
+    def test_layers_that_are_damaged_on_the_shelf_make_no_image(
+        self, source: Source, there: Machine, other: Dockerd, layered: Layered, shelf: Shelf
+    ) -> None:
+        digest = layered.make("one")
+        self.ship(source, there, digest, shelf)
+        other.clear()
+        for path in (shelf.folder / "layers").iterdir():
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 0xFF
+            path.write_bytes(content)
+        self.ship(source, there, digest, shelf)
+        assert source.read == 2, "what was damaged was read anew"
+
+    def test_another_image_than_was_meant_is_not_shelved(
+        self, source: Source, there: Machine, other: Dockerd, layered: Layered, shelf: Shelf
+    ) -> None:
+        meant, wrong = layered.make("one"), layered.make("two")
+        source.spoil = lambda _: DockerEngine(LocalTransport("here")).save(wrong)
+        with pytest.raises(ImageError, match="the engine saved another image"):
+            self.ship(source, there, meant, shelf)
+        assert other.images() == []
+
+
+def layers_of(there: Machine, digest: str) -> object:
     assert isinstance(there.engine, DockerEngine)
     return there.engine._client.inspect_image(digest)["RootFS"]
-
-
-def _left_over(other: Dockerd) -> list[Path]:
-    """What an engine keeps of an archive that it could not take in."""
-    return [one for one in (other.folder / "data" / "tmp").rglob("*") if one.is_file()]
 
 
 def fleet(*engines: MemoryEngine) -> list[Machine]:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import pty
+import queue
 import select
 import shutil
 import socket
@@ -122,6 +123,30 @@ class TransportContract:
         with pytest.raises(UnreachableError, match=r"no answer within 0\.3 s"):
             transport.run(Command(argv=("sleep", "61.25")), timeout=0.3)
         assert transport.run(Command(argv=("echo", "still here")), timeout=SOON).stdout == b"still here\n"
+
+    def test_a_pipe_carries_question_and_answer_in_turn(self, transport: Transport) -> None:
+        """Whoever waits for a word before the next chunk gets it."""
+        answers: queue.Queue[bytes] = queue.Queue()
+        said: list[bytes] = []
+
+        def questions() -> Iterator[bytes]:
+            for word in (b"one", b"two", b"three"):
+                yield word + b"\n"
+                said.append(answers.get(timeout=SOON))
+
+        talk = script('while read -r word; do echo "<$word>"; done; echo end >&2; exit 5')
+        assert transport.pipe(talk, questions(), answers.put) == 5
+        assert said == [b"<one>\n", b"<two>\n", b"<three>\n"]
+
+    def test_a_pipe_ends_when_its_command_does(self, transport: Transport) -> None:
+        def for_ever() -> Iterator[bytes]:
+            while True:
+                time.sleep(0.01)
+                yield b"more\n"
+
+        heard: list[bytes] = []
+        assert transport.pipe(script("read -r word; echo enough"), for_ever(), heard.append) == 0
+        assert heard == [b"enough\n"]
 
     def test_what_is_sent_arrives_whole(self, transport: Transport) -> None:
         block = os.urandom(1 << 20)

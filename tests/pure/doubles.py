@@ -17,6 +17,7 @@ from typing import BinaryIO
 from cluster.command import Command, Result
 from cluster.container import Container, ContainerSpec, ContainerState
 from cluster.errors import EngineError, ImageError, LockedError, NodeError, UnreachableError
+from cluster.layers import Held
 from cluster.transport import Channel, Sink
 
 KILLED, TERMINATED = 137, 143
@@ -79,6 +80,7 @@ class MemoryEngine:
         self.faults = Faults()
         self.images: dict[str, bytes] = {}
         self.tags: dict[str, str] = {}
+        self.image_labels: dict[str, dict[str, str]] = {}
         self._programs, self._slices = programs or {}, slices
         self._containers: dict[str, _Kept] = {}
         self._lock = threading.RLock()
@@ -143,6 +145,43 @@ class MemoryEngine:
         if image not in self.images:
             raise ImageError(self.node, f"no image {image}")
         self.tags[name] = image
+
+    def image(self, name: str) -> Held | None:
+        self.faults.meet("image")
+        digest = self.tags.get(name, name)
+        if digest not in self.images:
+            return None
+        return Held(
+            id=digest,
+            tags=tuple(name for name, of in self.tags.items() if of == digest),
+            size=len(self.images[digest]),
+            labels=self.image_labels.get(digest, {}),
+        )
+
+    def held(self) -> tuple[Held, ...]:
+        self.faults.meet("held")
+        return tuple(found for digest in tuple(self.images) if (found := self.image(digest)))
+
+    def takes_parts(self) -> bool:
+        return False
+
+    def push(self, image: str, *, reference: str, user: str, secret: str) -> None:  # noqa: ARG002 - the seam's
+        self.faults.meet("push")
+        raise ImageError(self.node, "an engine in memory pushes nothing")
+
+    def remove_image(self, name: str) -> bool:
+        self.faults.meet("remove_image")
+        digest = self.tags.get(name, name)
+        others = [tag for tag, of in self.tags.items() if of == digest and tag != name]
+        if digest not in self.images or (not others and self._is_used(digest)):
+            return False
+        self.tags.pop(name, None)
+        if not others:
+            del self.images[digest]
+        return True
+
+    def _is_used(self, digest: str) -> bool:
+        return any(self.tags.get(kept.spec.image, kept.spec.image) == digest for kept in self._containers.values())
 
     # Containers
 
@@ -291,6 +330,9 @@ class FileTransport:
                 return 0
             time.sleep(0.001)
         return -1
+
+    def pipe(self, command: Command, chunks: Iterable[bytes], sink: Sink) -> int:
+        raise NotImplementedError
 
     def interact(self, command: Command, *, tty: bool) -> int:
         raise NotImplementedError

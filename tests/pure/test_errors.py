@@ -21,6 +21,7 @@ CODES = {
     "CommandError": 4,
     "EngineError": 4,
     "ImageError": 5,
+    "BusyError": 7,
     "PreconditionError": 4,
     "RunError": 1,
     "LockedError": 7,

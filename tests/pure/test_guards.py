@@ -196,10 +196,16 @@ COMMANDS = {
     "config check": (JSON, "--world-size", "FILE"),
     "config new": (*JOB, "--force", "FILE"),
     "config convert": ("-o/--output", "--force", "FILE"),
+    "image ls": (CLUSTER, JSON),
     "image build": (
         *("--flavour", "--base", "--ca-bundle", "--pip-index", "--apt-mirror", "--wheels", "--cuda-architectures"),
         *("--build-network", JSON),
     ),
+    "image ship": (CLUSTER, "NAME", JSON),
+    "image save": (CLUSTER, "FILE", "NAME", JSON),
+    "image load": ("FILE", JSON),
+    "image prune": (CLUSTER, "--dry-run", JSON),
+    "image why": (CLUSTER, "NAME", JSON),
     "schema": (),
     "completion": ("SHELL_NAME",),
 }
