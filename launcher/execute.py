@@ -93,13 +93,14 @@ def start(
         )
     )
     nodes = {node.name: node for node in plan.nodes}
+    key = random.token_hex(32)
     try:
         emit(StageBegan(time=clock(), stage="prepare"))
 
         def send(machine: Machine) -> None:
             node = nodes[machine.name]
             sent = send_code(machine.transport, launch.snapshot, f"{node.root}/store")
-            put_run(machine, plan, node)
+            put_run(machine, plan, node, key=key)
             emit(CodeArrived(time=clock(), node=machine.name, digest=launch.snapshot.digest, bytes=sent.bytes_sent))
 
         each(now.machines, send).all_or_raise()

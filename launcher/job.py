@@ -39,3 +39,4 @@ class Job:
     secrets: tuple[str, ...] = ()
     detached: bool = False  # no command stays to own the run
     grace: int = 5  # seconds between asking the job to end and ending it
+    hang_timeout: int | None = None  # seconds in which no process writes anything, after which the run is ended

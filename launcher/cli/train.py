@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     metavar="MIB",
     help="The most that the code may weigh.",
 )
+@click.option(
+    "--hang-timeout",
+    type=click.IntRange(min=10),
+    metavar="SECONDS",
+    help="End the run when no process has written a line for so long.  [default: never]",
+)
 @click.option("--detach", "-d", is_flag=True, help="Start it and return; launcher attach watches it.")
 @click.option("--dry-run", is_flag=True, help="Print the whole plan; change nothing.")
 @ignore_option
@@ -77,7 +83,7 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
     with opened(cluster, engine=asked["engine"], keep=not dry_run) as now:
         names = (*now.inventory.container.secrets, *asked["secrets"])
         secrets = read_secrets(names, environment=os.environ, file=asked["secrets_file"])
-        job = _with(job, secrets=tuple(secrets), detached=detach)
+        job = _with(job, secrets=tuple(secrets), detached=detach, hang_timeout=asked["hang_timeout"])
         launch = execute.prepare(
             now,
             job,
@@ -111,7 +117,7 @@ def _run(now: Session, launch: Launch, secrets: dict[str, str], *, detach: bool,
         with execute.leaving_on_signals():
             containers = execute.start(now, launch, record, secrets=secrets)
             if detach:
-                now.voice.say(f"run {plan.run} goes on by itself: where a node fails, the others wait for it")
+                now.voice.say(f"run {plan.run} goes on by itself, and ends on every node when it ends on one")
                 now.voice.say("  next: launcher attach, launcher logs -f, launcher stop")
                 if as_json:
                     show_json({"run": plan.run, "containers": containers})
