@@ -74,6 +74,7 @@ CONTINUES = 0x80  # the high bits of a UTF-8 byte that is not the first of its c
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 LOOK = 0.1  # seconds between two looks for a rank that fell
 EXIT_PATIENCE = 30.0  # for a rank that failed and does not end, or a torchrun that does not notice
+OURS = ("status", "time", "lost")  # of an ending, in no exit.json
 SIGNALLED = 128  # exit statuses from here on tell of a signal
 LARGEST_CODE = 126  # a shell means something else by 126 and 127
 PR_SET_CHILD_SUBREAPER = 36
@@ -94,7 +95,8 @@ def main(argv: list[str]) -> int:
         ended = carry_out(run, log=log, bell=bell, folder=folder, guard=guard)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    guard.part(ended, hurry=lambda: bell.rung > 0)
+    found = first_cause([ended])
+    guard.part(ended, why=found[1] if found else "", hurry=lambda: bell.rung > 0)
     log.finish()
     write_exit(out / "exit.json", with_others(ended, guard))
     return int(ended["status"])
@@ -636,7 +638,7 @@ def ending(
     failures: list[dict[str, Any]],
     oom: bool = False,
 ) -> dict[str, Any]:
-    """This node's part of exit.json, and under "status" our own exit status."""
+    """This node's part of exit.json, which is also a report (cause.py); and under "status" our own exit status."""
     status = code if code >= 0 else 128 - code
     return {
         "run": run["run"],
@@ -650,14 +652,15 @@ def ending(
         "oom": oom,
         "failures": failures,
         "status": status,
+        "time": time.time(),
+        "lost": "",
     }
 
 
 def with_others(ended: dict[str, Any], guard: Guard) -> dict[str, Any]:
     """The whole of exit.json: with what was heard of the other nodes, and the first cause of all."""
     others = guard.others(now=time.monotonic(), wall=time.time())
-    report = {**ended, "time": ended["ended"], "lost": "", "others": others}
-    found = first_cause([report])
+    found = first_cause([{**ended, "others": others}])
     return {**ended, "clock": guard.clock, "others": others, "cause": found and found[1]}
 
 
@@ -680,7 +683,7 @@ def signal_name(number: int) -> str:
 
 def write_exit(path: Path, ended: dict[str, Any]) -> None:
     """Whole or not at all, also over a power cut."""
-    text = json.dumps({key: value for key, value in ended.items() if key != "status"}, indent=1) + "\n"
+    text = json.dumps({key: value for key, value in ended.items() if key not in OURS}, indent=1) + "\n"
     fresh = path.with_name(path.name + ".tmp")
     with fresh.open("w", encoding="utf-8") as file:
         file.write(text)

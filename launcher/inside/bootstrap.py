@@ -6,8 +6,8 @@ It is not a wrapper the script could notice: `__main__`, `sys.argv`, `sys.path[0
 `python SCRIPT`. It reads from the environment, and does nothing for a variable that is not set:
   LAUNCHER_PIPES        a folder of FIFOs named by local rank; standard output and error go there
   LAUNCHER_ERRORS       a folder; an exception leaves <rank>.json there: {rank, time, type, message, exit_code, signal}
-  LAUNCHER_RANKS        a folder; <rank>.pid says which process this is, and <rank>.stacks receives the stacks of all its
-                        threads whenever it gets the signal SIGRTMIN + 9 (also while it holds the GIL)
+  LAUNCHER_RANKS        a folder; <rank>.pid says which process this is, and <rank>.stacks receives the stacks of all
+                        its threads whenever it gets the signal SIGRTMIN + 9 (also while it holds the GIL)
   LAUNCHER_WORLD_SIZE   the planned number of ranks; another WORLD_SIZE is an error
   LAUNCHER_SECRETS      files (joined by os.pathsep): each becomes the variable that is its name
   LAUNCHER_NVME         paths (joined by os.pathsep) for NVMe offload, dealt out over the local ranks

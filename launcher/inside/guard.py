@@ -80,9 +80,7 @@ class Gang:
         self._name, self._rank, self._say = str(run["node"]), int(run["machine_rank"]), say
         self._beat, self._grace = float(settings["beat"]), float(settings["grace"])
         self._hang_timeout: float | None = settings["hang_timeout"]
-        self.peers = {
-            rank: Peer(name=one["node"]) for rank, one in enumerate(settings["peers"]) if rank != self._rank
-        }
+        self.peers = {rank: Peer(name=one["node"]) for rank, one in enumerate(settings["peers"]) if rank != self._rank}
         self.verdict = ""  # why this node's part must end
         self.hanging = False  # because nothing goes on any more
         self.decided = False  # and we were the one to see that
@@ -101,11 +99,12 @@ class Gang:
     def ending(self, why: str, *, failures: Sequence[dict[str, Any]] = ()) -> None:
         """This node's part is about to end badly; how exactly, the last report will say."""
         if self._state == UP:
-            self._tell(ENDING, {"code": 1, "why": why, "hang": self.hanging, "failures": failures})
+            usual = {"code": 1, "stopped": not failures, "failures": failures}
+            self._tell(ENDING, {**usual, "why": why, "hang": self.hanging})
 
-    def ended(self, report: Mapping[str, Any]) -> None:
+    def ended(self, report: Mapping[str, Any], *, why: str) -> None:
         """This node's part has ended; this is the last word."""
-        why = self._report.get("why") or f"node {self._name} has ended with {report['code']}"
+        why = self._report.get("why") or why or f"node {self._name}: exit {report['code']}"
         kept = {name: report[name] for name in ("code", "stopped", "oom", "failures")}
         self._tell(ENDED, {**kept, "time": report["ended"], "why": why, "hang": self.hanging})
 
@@ -119,7 +118,7 @@ class Gang:
         peer = self.peers.get(message["from"])
         if peer is None or message["to"] != self._rank or message["count"] <= peer.count:
             return
-        if peer.silent:
+        if peer.silent and peer.state != ENDED:
             self._say(f"launcher: node {peer.name} is heard again, after {now - (peer.heard or now):.0f} s")
         peer.count, peer.heard, peer.refused, peer.silent = message["count"], now, 0, False
         peer.told, peer.quiet, peer.knows = (message["sent"], wall), message["quiet"], message["heard"]
@@ -128,6 +127,8 @@ class Gang:
             delay = (wall - sent) - (message["sent"] - arrived)
             if delay >= 0:  # else a clock was set meanwhile
                 peer.clocks.append((delay, ((arrived - sent) + (message["sent"] - wall)) / 2))
+        if message["asks"]:  # for a confirmation
+            peer.sent = float("-inf")
         if message["news"] > peer.news:
             peer.news, peer.state, peer.report = message["news"], message["state"], message["report"]
 
@@ -149,10 +150,11 @@ class Gang:
 
     def judge(self, now: float) -> None:
         """Come to a verdict if there is reason to; call out who falls silent."""
-        for peer in self._living():
+        for peer in self.peers.values():
             if not peer.silent and now - (peer.heard or now) > MISSED * self._beat:
                 peer.silent = True
-                self._say(f"launcher: node {peer.name} is silent on the training network")
+                if peer.state != ENDED:
+                    self._say(f"launcher: node {peer.name} is silent on the training network")
         if self._state == ENDED:
             return
         self._tell_unmet(now)
@@ -210,7 +212,7 @@ class Gang:
         return [
             rank
             for rank, peer in self.peers.items()
-            if now - peer.sent >= (URGENT if peer.knows < self._news and peer.state != ENDED else self._beat)
+            if now - peer.sent >= (URGENT if peer.knows < self._news and not peer.refused else self._beat)
         ]
 
     def message(self, rank: int, *, now: float, wall: float) -> dict[str, Any]:
@@ -228,6 +230,7 @@ class Gang:
             "state": self._state,
             "news": self._news,
             "heard": peer.news,
+            "asks": peer.knows < self._news,
             "report": self._report,
         }
 
@@ -235,16 +238,15 @@ class Gang:
 
     def is_told(self, now: float) -> bool:
         """Whether nobody is left who has yet to hear of our end, or (if it was a bad one) to tell us of his."""
-        arriving = now - self._began < ARRIVAL
-        well = self._report.get("code") == 0
-        return not any(
-            (peer.heard is None and arriving and not well)
-            or (peer.heard is not None and not peer.silent and peer.state != ENDED and not (well and self._knows(peer)))
-            for peer in self.peers.values()
-        )
+        arriving = now - self._began < ARRIVAL and self._report["code"] != 0
+        return all(self._is_done(peer) or (peer.heard is None and not arriving) for peer in self.peers.values())
 
-    def _knows(self, peer: Peer) -> bool:
-        return peer.knows >= self._news
+    def _is_done(self, peer: Peer) -> bool:
+        if peer.heard is None:
+            return False
+        if peer.silent or (peer.state == ENDED and peer.refused):
+            return True
+        return peer.knows >= self._news and (peer.state == ENDED or self._report["code"] == 0)
 
     def others(self, *, now: float, wall: float) -> list[dict[str, Any]]:
         """What is known of the other nodes, with times by our clock: what they said, or that they are gone."""
@@ -322,9 +324,9 @@ class Guard(Gang):
         if self._socket is not None:
             self._send(self._socket)
 
-    def part(self, report: Mapping[str, Any], *, hurry: Callable[[], bool]) -> None:
+    def part(self, report: Mapping[str, Any], *, why: str, hurry: Callable[[], bool]) -> None:
         """Say how this node's part ended until the others have heard it, and hear how theirs do; bounded in time."""
-        self.ended(report)
+        self.ended(report, why=why)
         if self._socket is None:
             return
         began = time.monotonic()
@@ -361,7 +363,9 @@ class Guard(Gang):
     def _send(self, ours: socket.socket) -> None:
         for rank in self.due(time.monotonic()):
             data = seal(self._key, self.message(rank, now=time.monotonic(), wall=time.time()))
-            for _twice in range(2):  # what came back of an earlier datagram is told by the next call, which sends nothing
+            for _twice in range(
+                2
+            ):  # what came back of an earlier datagram is told by the next call, which sends nothing
                 with contextlib.suppress(OSError):
                     ours.sendto(data, self._addresses[rank])
                     break
