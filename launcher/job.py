@@ -40,3 +40,5 @@ class Job:
     detached: bool = False  # no command stays to own the run
     grace: int = 5  # seconds between asking the job to end and ending it
     hang_timeout: int | None = None  # seconds in which no process writes anything, after which the run is ended
+    resumes: str = ""  # the run whose work this one goes on with
+    restart: int = 0  # how often that was started again, with this one

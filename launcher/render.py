@@ -106,7 +106,9 @@ def environment(plan: Plan, node: NodePlan) -> dict[str, str]:
     """What the job finds in its environment; later ones win: ours, the inventory's, the job's."""
     ours = {
         "LAUNCHER_CLUSTER": plan.cluster,
-        **({"LAUNCHER_RUN": plan.run} if plan.run else {}),
+        # The first attempt's: by it a script finds what the one before had saved.
+        **({"LAUNCHER_RUN": plan.job.resumes or plan.run} if plan.run else {}),
+        **({"LAUNCHER_RESTART": str(plan.job.restart)} if plan.job.restart else {}),
         "LAUNCHER_NODE": node.name,
         "LAUNCHER_CHECKPOINTS": node.job.checkpoints,
         # One NIC for both collectives' libraries: left alone they may choose a bridge that leads nowhere.

@@ -552,6 +552,7 @@ def living_processes() -> Iterator[tuple[int, int]]:
 def environment(run: dict[str, Any], *, folder: Path) -> dict[str, str]:
     """What the job sees: ours, the run's, where its secrets lie, and where its helpers report."""
     defaults = {"PYTHONUNBUFFERED": "1", "PET_SHUTDOWN_TIMEOUT": str(max(1, int(run["stop_grace"])))}
+    defaults |= {"LAUNCHER_RUN": run["run"]}  # the container may say another one, whose work this one goes on with
     if run["backend"] == "gloo":
         defaults |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     else:
@@ -561,7 +562,6 @@ def environment(run: dict[str, Any], *, folder: Path) -> dict[str, str]:
         defaults |= {"TORCH_FR_DUMP_TEMP_FILE": record, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": record}
         defaults |= {"TORCH_NCCL_DEBUG_INFO_PIPE_FILE": record, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     ours = {
-        "LAUNCHER_RUN": run["run"],
         "LAUNCHER_NODE": run["node"],
         "LAUNCHER_WORLD_SIZE": str(run["world_size"]),
         "LAUNCHER_BACKEND": run["backend"] or "",

@@ -21,11 +21,18 @@ _ECHO = re.compile(
     re.IGNORECASE,
 )
 HANG = "Hang"  # the type of a failure that nobody noted himself: nothing went on any more
+MEMORY = "OutOfMemory"  # the type of a failure that the kernel is to be asked about
 OOM = "out of memory: the kernel killed it at the container's limit"
 
 
 def first_cause(reports: Iterable[Report]) -> tuple[str, str] | None:
-    """The node that failed first and how, in one line; None when every node ended well or was told to stop.
+    """The node that failed first and how, in one line; None when every node ended well or was told to stop."""
+    found = first_failure(reports)
+    return found and found[:2]
+
+
+def first_failure(reports: Iterable[Report]) -> tuple[str, str, Report | None] | None:
+    """The same, and the failure itself; None in its place where nobody could explain the end.
 
     Of all failures of all nodes the earliest that is not merely an echo of another one's death; else the earliest end
     that nobody could explain (a lost node), whose echo the others may be. A signal or an out-of-memory kill is never
@@ -36,10 +43,10 @@ def first_cause(reports: Iterable[Report]) -> tuple[str, str] | None:
     failures = sorted(_each(bad), key=_earliest)
     silent = [(one["time"], one["node"], _end(one)) for one in bad if not one["oom"] and not one["failures"]]
     silent += _missed(own, failed={report["node"] for report, _ in failures})
-    if failures and not (silent and _is_echo(*failures[0])):
+    if failures and not (silent and is_echo(*failures[0])):
         report, failure = failures[0]
-        return report["node"], _failure(failure, report)
-    return min(silent)[1:] if silent else None
+        return report["node"], _failure(failure, report), failure
+    return (*min(silent)[1:], None) if silent else None
 
 
 def _known(own: Mapping[str, Report]) -> list[Report]:
@@ -77,16 +84,17 @@ def _missed(own: Mapping[str, Report], *, failed: set[str]) -> list[tuple[float,
 def _earliest(one: tuple[Report, Report]) -> tuple[bool, float, str, int]:
     report, failure = one
     rank = failure["rank"]
-    return _is_echo(report, failure), failure["time"], report["node"], -1 if rank is None else rank
+    return is_echo(report, failure), failure["time"], report["node"], -1 if rank is None else rank
 
 
 def _each(bad: Iterable[Report]) -> list[tuple[Report, Report]]:
     """Every failure with the report it stands in; memory is the cause whatever the ranks said."""
-    memory = {"rank": None, "exit_code": 1, "signal": None, "time": 0.0, "type": None, "message": ""}
+    memory = {"rank": None, "exit_code": 1, "signal": None, "time": 0.0, "type": MEMORY, "message": ""}
     return [(one, failure) for one in bad for failure in ([memory] if one["oom"] else one["failures"])]
 
 
-def _is_echo(report: Report, failure: Report) -> bool:
+def is_echo(report: Report, failure: Report) -> bool:
+    """Whether it is what a rank says when it was another one that died."""
     if report["oom"] or failure["signal"] not in (None, "SIGABRT") or failure["type"] == HANG:
         return False
     return bool(_ECHO.search(failure["message"]))

@@ -59,13 +59,15 @@ def watch(
     show: Show,
     own: bool,
     clear: bool,
+    lost: Mapping[str, NodeEnded] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> RunEnded:
     """Follow the run to its end on every node, stop the others when one ends badly, and say how it ended.
 
     `show(node, line)` hears every complete log line. When the command owns the run, Ctrl-C stops it in order, a second
     one ends it at once, a third one leaves what cannot be stopped; else Ctrl-C raises `Detached`. With `clear` the
-    containers are removed at the end; else they stay for their owner to see.
+    containers are removed at the end; else they stay for their owner to see. `lost` are nodes of the run that cannot be
+    watched.
     """
     ends: dict[str, NodeEnded] = {}
     arrivals: queue.SimpleQueue[NodeEnded | BaseException | None] = queue.SimpleQueue()
@@ -105,7 +107,7 @@ def watch(
             emit(arrived)
     if clear:
         _clear(parts)
-    return _verdict(ends, interrupted=by_user, now=clock())
+    return _verdict({**(lost or {}), **ends}, interrupted=by_user, now=clock())
 
 
 @contextmanager

@@ -79,9 +79,13 @@ class Gang:
         bench.start(script, ranks=self.ranks, env=env, **{"launch": LAUNCH, **whole})
 
     def start_all(self, script: str, **run: Any) -> None:
-        """Start all nodes, and wait until every rank is ready and the guards have met."""
+        """Start all nodes, and wait for them."""
         for number in range(len(self.names)):
             self.start(number, script, **run)
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Until every rank has said so, and the guards have met."""
         for bench in self.benches:
             bench.wait_for(Ready(bench, self.ranks))
         time.sleep(4 * float(self.settings["beat"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import signal
 import socket
@@ -317,3 +319,62 @@ def test_where_the_port_is_taken_the_run_goes_on_and_says_that_it_is_not_guarded
         first, second = gang.end()
     assert (first.exit["code"], second.exit["code"]) == (0, 0)
     assert any("this node is not guarded" in line for line in first.said("-"))
+
+
+# The same with torchrun: nodes that have met in a collective, and then do something else.
+MEET = """
+import os, time
+import torch
+import torch.distributed as dist
+dist.all_reduce(torch.ones(1))
+print("ready")
+while not os.path.exists(os.environ["MEETING"] + "/go"):
+    time.sleep(0.01)
+if dist.get_rank() == 1:
+    {deed}
+time.sleep(600)
+"""
+
+
+@pytest.mark.oracle
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="not installed: accelerate")
+@pytest.mark.parametrize(
+    ("deed", "how"),
+    [
+        ("os._exit(3)", "exit 3"),
+        ("os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+        ("raise ValueError('no')", "exit 1: ValueError: no"),
+    ],
+)
+def test_f20_f21_torchrun_leaves_the_others_running_and_the_guard_does_not(
+    make_gang: MakeGang, tmp_path: Path, deed: str, how: str
+) -> None:
+    gang = make_gang(nodes=2)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for number in range(2):
+        config = {**CONFIG, "machine_rank": number, "main_process_port": port}
+        path = tmp_path / f"accelerate-{number}.json"
+        path.write_text(json.dumps(config))
+        flags = ["--config_file", str(path), "--same_network", "--rdzv_backend", "static"]
+        files = gang.benches[number].folder / "files"
+        request = [*flags, str(files / "bootstrap.py"), "job.py"]
+        env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        gang.start(number, MEET.format(deed=deed), launch=None, request=request, backend="gloo", env=env)
+    gang.wait_until_ready()
+    begun = go(gang)
+    assert causes(gang) == [f"node node-b, rank 1: {how}"] * 2
+    assert seconds(gang.end(), since=begun) < 5
+
+
+CONFIG = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "MULTI_GPU",
+    "mixed_precision": "no",
+    "use_cpu": False,
+    "debug": False,
+    "num_machines": 2,
+    "num_processes": 2,
+    "main_process_ip": "127.0.0.1",
+}

@@ -170,7 +170,8 @@ COMMANDS = {
     "up": ("CLUSTER", "--engine", "--dry-run", "--ignore", JSON),
     "run": (
         *(CLUSTER, *JOB, "--engine", "--port", "--secret", "--secrets-file", "--snapshot-limit"),
-        *("--hang-timeout", "-d/--detach", "--dry-run", "--ignore", JSON, "SCRIPT", "ARGS"),
+        *("--hang-timeout", "--max-restarts", "--on-exit", "--on-log", "-d/--detach", "--dry-run", "--ignore", JSON),
+        *("SCRIPT", "ARGS"),
     ),
     "status": (CLUSTER, JSON),
     "ls": (JSON,),
