@@ -17,10 +17,12 @@ _NAME = re.compile(r"(?:stacks|flight)/[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
 def fetch_evidence(machine: Machine, *, out: str, folder: Path) -> int:
     """Copy it to folder/<node>/; gives back how many files there were. What a job may have named itself stays there."""
     listed = machine.transport.run(script(_LISTED, out, str(_BYTES), str(_FILES)), timeout=30)
-    names = [name for name in listed.text.splitlines() if _NAME.fullmatch(name)]
-    for name in names:
+    brought = 0
+    for name in filter(_NAME.fullmatch, listed.text.splitlines()):
         content = machine.transport.run(Command(argv=("head", "-c", str(_BYTES), f"{out}/{name}")), timeout=60)
-        path = folder / machine.name / name
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.write_bytes(content.stdout)
-    return len(names)
+        if content.ok:
+            path = folder / machine.name / name
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.write_bytes(content.stdout)
+            brought += 1
+    return brought
