@@ -15,12 +15,13 @@ It writes into "out":
              The second word is the rank, or `-` for torchrun and this agent. A record ends with \\n and with nothing
              else (never use splitlines). Invalid UTF-8 is replaced; longer lines are cut at 64 KiB; of text that
              is overwritten by a carriage return about one version a second is kept; secrets read `***`.
-  exit.json  Written last, atomically: {"run", "node", "machine_rank", "code", "signal", "started", "ended", "stopped",
-             "oom", "failures": [{"rank", "local_rank", "exit_code", "signal", "time", "type", "message"}], "clock",
-             "others", "cause"}, times in seconds since the epoch by this node's clock, which is "clock" seconds ahead
-             of the first node's; failures by time. Rank null: the launch itself failed. "stopped": told to end before
-             anything failed here. "others": what was heard of the other nodes, as reports (cause.py); "cause": the
-             first cause of all, in one line, null when all went well.
+  exit.json  Written atomically when the job has ended, and once more when the other nodes have told of theirs:
+             {"run", "node", "machine_rank", "code", "signal", "started", "ended", "stopped", "oom", "failures":
+             [{"rank", "local_rank", "exit_code", "signal", "time", "type", "message"}], "clock", "others", "cause"},
+             times in seconds since the epoch by this node's clock, which is "clock" seconds ahead of the first node's;
+             failures by time. Rank null: the launch itself failed. "stopped": told to end before anything failed here.
+             "others": what was heard of the other nodes, as reports (cause.py); "cause": the first cause of all, in
+             one line, null when all went well.
   stacks/    rank-00003.txt: what each rank was doing when nothing went on any more (and rank-00003.py-spy.txt).
   flight/    The dumps of NCCL's flight recorder, where there are any.
 The same lines go to standard output (`[rank 5] text`) as far as somebody reads it.
@@ -73,7 +74,7 @@ SHORTEST_SECRET = 4  # shorter values would blot out half of every line
 CONTINUES = 0x80  # the high bits of a UTF-8 byte that is not the first of its character
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 LOOK = 0.1  # seconds between two looks for a rank that fell
-EXIT_PATIENCE = 30.0  # for a rank that failed and does not end, or a torchrun that does not notice
+EXIT_PATIENCE = 30.0  # beyond the grace, for a rank that failed and does not end, or a torchrun that does not notice
 OURS = ("status", "time", "lost")  # of an ending, in no exit.json
 SIGNALLED = 128  # exit statuses from here on tell of a signal
 LARGEST_CODE = 126  # a shell means something else by 126 and 127
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> int:
         ended = carry_out(run, log=log, bell=bell, folder=folder, guard=guard)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    write_exit(out / "exit.json", with_others(ended, guard))  # what we know is safe; then hear the others to their end
     found = first_cause([ended])
     guard.part(ended, why=found[1] if found else "", hurry=lambda: bell.rung > 0)
     log.finish()
@@ -125,7 +127,7 @@ def carry_out(run: dict[str, Any], *, log: Log, bell: Bell, folder: Path, guard:
     clear_away(job, pipes=pipes, bell=bell, log=log)
     pipes.drain()
     keep_flight_records(folder, out=out)
-    failures = sorted([*hangs, *read_failures(folder, run=run)], key=lambda one: float(one["time"]))
+    failures = sorted([*hangs, *read_failures(folder, run=run, redact=log.redact)], key=lambda one: float(one["time"]))
     own = [one for one in failures if job.told is None or one["time"] < job.told]
     stopped = job.told is not None and not own
     code = job.code
@@ -150,9 +152,9 @@ def follow(
         now = time.monotonic()
         if not fell and heard == 0 and now >= look_at:
             look_at = now + LOOK
-            if failures := read_failures(folder, run=run):
+            if failures := read_failures(folder, run=run, redact=pipes.log.redact):
                 # torchrun ends the others here, whatever the guards of other nodes may say now.
-                fell, deadline = True, now + EXIT_PATIENCE
+                fell, deadline = True, now + grace + EXIT_PATIENCE
                 guard.ending(f"node {run['node']}, rank {failures[0]['rank']}: {how(failures[0])}", failures=failures)
         if heard == 0 and guard.verdict and not fell:
             pipes.log.say(f"launcher: the run ends: {guard.verdict}")
@@ -593,7 +595,7 @@ def wait_for_secrets(run: dict[str, Any], *, bell: Bell) -> dict[str, bytes] | s
         return f"launcher: a secret is missing in {folder}: {error}"
 
 
-def read_failures(folder: Path, *, run: dict[str, Any]) -> list[dict[str, Any]]:
+def read_failures(folder: Path, *, run: dict[str, Any], redact: Redactor) -> list[dict[str, Any]]:
     """What torchrun saw, made more exact by what the ranks noted themselves; the first cause first."""
     seen: list[dict[str, Any]] = load(folder / "failures.json", default=[])
     fell = load(folder / "ranks" / "fell.json", default=None)
@@ -605,6 +607,7 @@ def read_failures(folder: Path, *, run: dict[str, Any]) -> list[dict[str, Any]]:
     first = run["machine_rank"] * run["local_processes"]
     for record in records:
         record["local_rank"] = None if record["rank"] is None else record["rank"] - first
+        record["message"] = redact(record["message"].encode(errors="replace")).decode(errors="replace")
     return sorted(records, key=lambda record: float(record["time"]))
 
 

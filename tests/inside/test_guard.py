@@ -310,6 +310,19 @@ def test_s10_the_key_is_in_no_argument_environment_log_or_report(make_gang: Make
         assert gang.key not in ended.printed
 
 
+def test_s11_a_secret_in_an_error_is_told_to_no_other_node(make_gang: MakeGang) -> None:
+    gang = make_gang(nodes=2)
+    for bench in gang.benches:
+        (bench.folder / "secrets").mkdir(parents=True)
+        (bench.folder / "secrets" / "TOKEN").write_text("hf_1234567890")
+        (bench.folder / "secrets" / ".complete").touch()
+    gang.start_all(DEED.format(deed="raise ValueError('401 for ' + os.environ['TOKEN'])"), secrets=["TOKEN"])
+    go(gang)
+    assert causes(gang) == ["node node-b, rank 1: exit 1: ValueError: 401 for ***"] * 2
+    for ended in gang.end():
+        assert "hf_1234567890" not in "".join(path.read_text() for path in ended.out.iterdir())
+
+
 def test_where_the_port_is_taken_the_run_goes_on_and_says_that_it_is_not_guarded(make_gang: MakeGang) -> None:
     gang = make_gang(nodes=2)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
