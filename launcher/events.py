@@ -56,7 +56,7 @@ class NodeStarted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """How one rank ended badly, as its own node saw it; `time` by that node's clock."""
+    """How one rank ended badly, as its own node saw it."""
 
     rank: int | None
     exit_code: int
@@ -68,7 +68,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeEnded(Event):
-    """A node's container ended. `stopped` when it was told to, `oom` when the kernel killed it for memory."""
+    """A node's container ended. `stopped` when it was told to, `oom` when the kernel killed it for memory.
+
+    `others` is what the node's guard heard of the other nodes. Times of failures are by the first node's clock, as far
+    as the guards could find out how the clocks differ.
+    """
 
     node: str
     code: int
@@ -76,6 +80,7 @@ class NodeEnded(Event):
     stopped: bool = False
     lost: str = ""
     failures: tuple[Failure, ...] = ()
+    others: tuple[NodeEnded, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,11 +140,16 @@ def from_json(line: str) -> Event | None:
         said: dict[str, Any] = json.loads(line)
         name = said.pop("event")
         kind = next(kind for kind in KINDS if kind.__name__ == name)
-        for field, value in said.items():
-            if field == "failures":
-                said[field] = tuple(Failure(**failure) for failure in value)
-            elif isinstance(value, list):
-                said[field] = tuple(value)
-        return kind(**said)
+        return kind(**_values(said))
     except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
         return None
+
+
+def _values(said: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an event, from lists to tuples, and what is itself of several fields."""
+    made = {field: tuple(value) if isinstance(value, list) else value for field, value in said.items()}
+    if "failures" in said:
+        made["failures"] = tuple(Failure(**failure) for failure in said["failures"])
+    if "others" in said:
+        made["others"] = tuple(NodeEnded(**_values(other)) for other in said["others"])
+    return made

@@ -6,7 +6,7 @@ import re
 import secrets as random
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from cluster.errors import InputError
 from cluster.fleet import Machine, each
 from launcher import checks, ladder, render, zero
 from launcher.converge import Converged, converge, image_tag, told
-from launcher.events import CodeArrived, NodeStarted, RunBegan, RunEnded, StageBegan
+from launcher.events import CodeArrived, NodeEnded, NodeStarted, RunBegan, RunEnded, StageBegan
 from launcher.job import Job
 from launcher.ladder import Question
 from launcher.plan import Plan, choose_port, make_plan, node_root
@@ -24,6 +24,7 @@ from launcher.record import RunRecord
 from launcher.session import Seen, Session, find_ours, live_run, look, ours
 from launcher.snapshot import Snapshot
 from launcher.stages.code import send_code
+from launcher.stages.evidence import fetch_evidence
 from launcher.stages.logs import Mirror, Show
 from launcher.stages.prepare import put_run
 from launcher.stages.start import refuse_foreign, start_run
@@ -123,13 +124,14 @@ def start(
         )
     )
     nodes = {node.name: node for node in plan.nodes}
+    key = random.token_hex(32)
     try:
         emit(StageBegan(time=clock(), stage="prepare"))
 
         def send(machine: Machine) -> None:
             node = nodes[machine.name]
             sent = send_code(machine.transport, launch.snapshot, f"{node.root}/store")
-            put_run(machine, plan, node)
+            put_run(machine, plan, node, key=key)
             emit(CodeArrived(time=clock(), node=machine.name, digest=launch.snapshot.digest, bytes=sent.bytes_sent))
 
         each(now.machines, send).all_or_raise()
@@ -166,6 +168,7 @@ def follow(
     record.emit(StageBegan(time=time.time(), stage="watch"))
     end = watch(parts, emit=record.emit, show=show, own=own, clear=True)
     record.emit(end)
+    _keep_evidence(parts, record)
     nodes = {node.name: node for node in plan.nodes}
     # Whoever does not answer is tidied after another run.
     each(now.machines, lambda machine: tidy(machine, nodes[machine.name]), deadline=60)
@@ -239,7 +242,10 @@ def _print(record: RunRecord, until: Mapping[str, int], show: Show) -> None:
 
 
 def attach(now: Session, *, show: Show) -> tuple[str, RunEnded]:
-    """Watch the run under way to its end; raises `Detached` when the user leaves."""
+    """Watch the run under way to its end; raises `Detached` when the user leaves.
+
+    Nodes that do not answer are left out: how their part ended, their guards told the others.
+    """
     found = find_ours(now)
     run_id = live_run(found.good)
     if run_id is None:
@@ -247,8 +253,11 @@ def attach(now: Session, *, show: Show) -> tuple[str, RunEnded]:
         raise InputError(
             f"no run of cluster {now.inventory.name} is under way", next_step="launcher logs shows the last one"
         )
-    containers = _of_run(found.all_or_raise(), run_id)
-    return run_id, _follow_found(now, containers, now.memory.run(run_id), show=show)
+    record = now.memory.run(run_id)
+    for node, error in found.bad.items():
+        now.voice.say(f"warning: {error.where}: {error.what}; what the others heard of it must do")
+        record.emit(NodeEnded(time=time.time(), node=node, code=1, lost=f"lost: {error.what}"))
+    return run_id, _follow_found(now, _of_run(found.good, run_id), record, show=show)
 
 
 def stop(now: Session) -> RunEnded | None:
@@ -309,9 +318,24 @@ def _follow_found(
         if machine.name in containers
     ]
     detached = any(LABEL_DETACHED in one.labels for one in containers.values())
-    end = watch(parts, emit=record.emit, show=show, own=own, clear=own or detached)
+    lost = {node: end for node, end in record.state().ends.items() if end.lost and node not in containers}
+    end = watch(parts, emit=record.emit, show=show, own=own, clear=own or detached, lost=lost)
     record.emit(end)
+    _keep_evidence(parts, record)
     return end
+
+
+def _keep_evidence(parts: Sequence[Watched], record: RunRecord) -> None:
+    """Of a run that failed, bring what tells why; a node that is lost is not asked again."""
+    state = record.state()
+    if state.phase != "failed":
+        return
+    there = {part.machine.name: part for part in parts if not state.ends[part.machine.name].lost}
+
+    def fetch(machine: Machine) -> None:
+        fetch_evidence(machine, out=there[machine.name].out, folder=record.evidence)
+
+    each([part.machine for part in there.values()], fetch, deadline=60)
 
 
 def _planned_folders(record: RunRecord) -> dict[str, str]:

@@ -74,4 +74,7 @@ class Job:
     secrets: tuple[str, ...] = ()
     detached: bool = False  # no command stays to own the run
     grace: int = GRACE
+    hang_timeout: int | None = None  # seconds in which no process writes anything, after which the run is ended
+    resumes: str = ""  # the run whose work this one goes on with
+    restart: int = 0  # how often that was started again, with this one
     notes: tuple[str, ...] = ()  # what the user should know of how these settings came about

@@ -4,7 +4,7 @@
     <state>/clusters/<name>/inventory   where its inventory file is
     <state>/clusters/<name>/known_hosts pinned host keys
     <state>/clusters/<name>/facts.json  the last survey
-    <state>/clusters/<name>/runs/<id>/  plan.json, events.jsonl, logs/<node>.log, logs/rank-00005.log
+    <state>/clusters/<name>/runs/<id>/  plan.json, events.jsonl, logs/<node>.log, logs/rank-00005.log, evidence/<node>/
     <state>/shelf/                      layers of images, by content (`cluster.shelf`)
 
 Nothing here is needed to find containers (labels do that): it is memory, and may be lost.
@@ -149,6 +149,11 @@ class RunRecord:
     def logs(self) -> Path:
         """The folder of the logs: `<node>.log` mirrors the node's own byte for byte."""
         return self.folder / "logs"
+
+    @property
+    def evidence(self) -> Path:
+        """What the nodes kept of a run that ended badly: `<node>/stacks/` and `<node>/flight/`."""
+        return self.folder / "evidence"
 
     def mirror(self, node: str) -> Path:
         """Where a node's log is mirrored."""

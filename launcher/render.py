@@ -30,11 +30,13 @@ from cluster.container import (
 from launcher import zero
 from launcher.plan import NodePlan, Plan
 
-INSIDE = ("agent.py", "launch.py", "bootstrap.py", "manifest.py")
+INSIDE = ("agent.py", "guard.py", "cause.py", "stacks.py", "launch.py", "bootstrap.py", "manifest.py")
 # The run's container has one name per node: making it is atomic, so two runs can never hold the same node.
 ROLE_NODE, ROLE_RUN = "node", "run"
 JOIN_TIMEOUT = 120  # seconds for all nodes to meet; torchrun's own default is 900
 MARGIN = 5.0  # seconds more than a job's own grace before the engine ends its container: the agent's, to tell of it
+BEAT = 2.0  # seconds between two datagrams of a node's guard to another's
+NODE_GRACE = 60.0  # seconds of silence between nodes before each ends its part of the run
 
 
 def container_name(cluster: str, node: str, role: str) -> str:
@@ -103,7 +105,9 @@ def environment(plan: Plan, node: NodePlan) -> dict[str, str]:
     """What the job finds in its environment; later ones win: ours, the inventory's, the job's."""
     ours = {
         "LAUNCHER_CLUSTER": plan.cluster,
-        **({"LAUNCHER_RUN": plan.run} if plan.run else {}),
+        # The first attempt's: by it a script finds what the one before had saved.
+        **({"LAUNCHER_RUN": plan.job.resumes or plan.run} if plan.run else {}),
+        **({"LAUNCHER_RESTART": str(plan.job.restart)} if plan.job.restart else {}),
         "LAUNCHER_NODE": node.name,
         "LAUNCHER_CHECKPOINTS": node.job.checkpoints,
         # One NIC for both collectives' libraries: left alone they may choose a bridge that leads nowhere.
@@ -142,6 +146,24 @@ def run_document(plan: Plan, node: NodePlan) -> dict[str, object]:
         "backend": "gloo" if plan.accelerator == "cpu" else None,
         "nvme": list(node.job.nvme) if zero.leaves_nvme_open(plan.job) else [],
         "stop_grace": plan.job.grace,
+        "guard": guard_settings(plan),
+    }
+
+
+def guard_settings(plan: Plan) -> dict[str, object]:
+    """How the nodes' guards find each other: on the training addresses, by UDP, at the port where the processes meet.
+
+    Nodes that share an address (one machine several times) count up from there.
+    """
+    before = [[other.address for other in plan.nodes[: node.rank]].count(node.address) for node in plan.nodes]
+    return {
+        "peers": [
+            {"node": node.name, "address": node.address, "port": plan.port + count}
+            for node, count in zip(plan.nodes, before, strict=True)
+        ],
+        "beat": BEAT,
+        "grace": NODE_GRACE,
+        "hang_timeout": plan.job.hang_timeout,
     }
 
 

@@ -26,8 +26,10 @@ from launcher.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from launcher.attempts import Prepare
     from launcher.execute import Launch
     from launcher.job import Job
+    from launcher.restart import Policy
     from launcher.session import Session
 
 
@@ -47,6 +49,22 @@ if TYPE_CHECKING:
     metavar="MIB",
     help="The most that the code may weigh.",
 )
+@click.option(
+    "--hang-timeout",
+    type=click.IntRange(min=10),
+    metavar="SECONDS",
+    help="End the run when no process has written a line for so long.  [default: never]",
+)
+@click.option(
+    "--max-restarts",
+    type=click.IntRange(0, 1000),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="How often a run that failed is started again, unless its own script is to blame.",
+)
+@click.option("--on-exit", multiple=True, metavar="CODE=restart|fail", help="A rule for an exit code.")
+@click.option("--on-log", multiple=True, metavar="REGEX=restart|fail", help="A rule for a line of the log; wins.")
 @click.option("--detach", "-d", is_flag=True, help="Start it and return; launcher attach watches it.")
 @click.option("--dry-run", is_flag=True, help="Print the whole plan; change nothing.")
 @ignore_option
@@ -67,11 +85,19 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
     launcher run --job job.yaml           script and settings from a file; options win over it
     """
     from launcher import execute
+    from launcher.restart import read_policy
     from launcher.secrets import read_secrets
     from launcher.snapshot import take
     from launcher.views import text
 
     job = read_job(asked, script=asked["script"], args=asked["args"])
+    policy = read_policy(asked["max_restarts"], asked["on_exit"], asked["on_log"])
+    if detach and policy.restarts:
+        raise InputError(
+            "nobody is left to start a detached run again",
+            where="--max-restarts",
+            next_step="leave out --detach: a run whose launcher dies goes on all the same",
+        )
     if str(Path.cwd()) == os.environ.get("HOME"):
         raise InputError(
             "the working directory is your home: all of it would be sent to every node, keys and all",
@@ -83,18 +109,22 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
     with opened(cluster, engine=asked["engine"], keep=not dry_run) as now:
         names = (*now.inventory.container.secrets, *job.secrets, *asked["secrets"])
         secrets = read_secrets(names, environment=os.environ, file=asked["secrets_file"])
-        job = _with(job, secrets=tuple(secrets), detached=detach)
-        launch = execute.prepare(
-            now,
-            job,
-            snapshot,
-            run_id=execute.make_run_id(),
-            port=port,
-            any_port=any_port,
-            question=read_question(asked, job),
-            ignored=asked["ignore"],
-            dry_run=dry_run,
-        )
+        job = _with(job, secrets=tuple(secrets), detached=detach, hang_timeout=asked["hang_timeout"])
+
+        def prepare(job: Job, run_id: str) -> Launch:
+            return execute.prepare(
+                now,
+                job,
+                snapshot,
+                run_id=run_id,
+                port=port,
+                any_port=any_port,
+                question=read_question(asked, job),
+                ignored=asked["ignore"],
+                dry_run=dry_run,
+            )
+
+        launch = prepare(job, execute.make_run_id())
         if dry_run:
             todo = (*launch.todo, f"send {len(snapshot.entries)} files", "start the run's containers on every node")
             if as_json:
@@ -102,33 +132,47 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
             else:
                 click.echo(text.plan_text(launch.plan, todo))
             return
-        _run(now, launch, secrets, detach=detach, as_json=as_json)
+        if detach:
+            _start(now, launch, secrets, as_json=as_json)
+        else:
+            _run(now, launch, policy, prepare, secrets, as_json=as_json)
 
 
-def _run(now: Session, launch: Launch, secrets: dict[str, str], *, detach: bool, as_json: bool) -> None:
+def _start(now: Session, launch: Launch, secrets: dict[str, str], *, as_json: bool) -> None:
     from launcher import execute
 
     plan = launch.plan
-    record = now.memory.run(plan.run)
+    _tell(now, launch)
+    try:
+        with execute.leaving_on_signals():
+            containers = execute.start(now, launch, now.memory.run(plan.run), secrets=secrets)
+    except KeyboardInterrupt:
+        execute.abandon(now, plan)
+        raise
+    now.voice.say(f"run {plan.run} goes on by itself, and ends on every node when it ends on one")
+    now.voice.say("  next: launcher attach, launcher logs -f, launcher stop")
+    if as_json:
+        show_json({"run": plan.run, "containers": containers})
+
+
+def _run(
+    now: Session, launch: Launch, policy: Policy, prepare: Prepare, secrets: dict[str, str], *, as_json: bool
+) -> None:
+    from launcher import attempts, execute
+
+    _tell(now, launch)
+    show = log_view([node.name for node in launch.plan.nodes])
+    with execute.leaving_on_signals():
+        run_id, end = attempts.carry_through(now, launch, policy, prepare=prepare, secrets=secrets, show=show)
+    _finish(now, run_id, end, as_json=as_json)
+
+
+def _tell(now: Session, launch: Launch) -> None:
+    plan = launch.plan
     count = len(plan.nodes)
     for note in (*plan.job.notes, *launch.snapshot.skipped):
         now.voice.say(note)
     now.voice.say(f"run {plan.run}: {plan.world_size} processes on {count} node{'s' * (count != 1)}")
-    try:
-        with execute.leaving_on_signals():
-            containers = execute.start(now, launch, record, secrets=secrets)
-            if detach:
-                now.voice.say(f"run {plan.run} goes on by itself: where a node fails, the others wait for it")
-                now.voice.say("  next: launcher attach, launcher logs -f, launcher stop")
-                if as_json:
-                    show_json({"run": plan.run, "containers": containers})
-                return
-            show = log_view([node.name for node in plan.nodes])
-            end = execute.follow(now, plan, record, containers, show=show, own=True)
-    except KeyboardInterrupt:
-        execute.abandon(now, plan)
-        raise
-    _finish(now, plan.run, end, as_json=as_json)
 
 
 def _finish(now: Session, run_id: str, end: Any, *, as_json: bool) -> NoReturn:
@@ -150,7 +194,8 @@ def _finish(now: Session, run_id: str, end: Any, *, as_json: bool) -> NoReturn:
     if end.code == INTERRUPTED:
         now.voice.say(f"run {run_id}: {end.cause}; nothing of it is left running")
         raise SystemExit(INTERRUPTED)
-    raise RunError(end.cause, detail=(f"logs: {record.logs}",), next_step=f"launcher logs {run_id}")
+    detail = [f"logs: {record.logs}", *([f"stacks: {record.evidence}"] if record.evidence.exists() else [])]
+    raise RunError(end.cause, detail=tuple(detail), next_step=f"launcher logs {run_id}")
 
 
 def _with(job: Job, **changes: Any) -> Job:

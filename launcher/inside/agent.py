@@ -1,12 +1,13 @@
-"""One node's part of a run: start the ranks, keep every line they say, leave nothing behind. It judges nothing.
+"""One node's part of a run: start the ranks, keep every line they say, leave nothing behind, end when the others do.
 
 Usage: python3 agent.py RUN_JSON
 
-The main process of a run container (under an init), or a plain process where there is no Docker. Needs Python alone.
+The main process of a run container (under an init), or a plain process where there is no Docker. Needs Python alone,
+and guard.py, cause.py and stacks.py beside it.
 RUN_JSON holds {"run", "node", "machine_rank", "world_size", "local_processes", "launch": [arguments of `accelerate
 launch`, ending with bootstrap.py, the script and its arguments], "env": {}, "workdir", "files": the folder of
 launch.py, "out": a writable folder, "secrets": [names], "secrets_dir", "backend": "gloo" or null, "nvme": [paths],
-"stop_grace": seconds}.
+"stop_grace": seconds, "guard": as guard.py says}.
 
 It writes into "out":
   node.log   One record per line, appended whole, so a reader may remember a byte offset and come back:
@@ -14,9 +15,15 @@ It writes into "out":
              The second word is the rank, or `-` for torchrun and this agent. A record ends with \\n and with nothing
              else (never use splitlines). Invalid UTF-8 is replaced; longer lines are cut at 64 KiB; of text that
              is overwritten by a carriage return about one version a second is kept; secrets read `***`.
-  exit.json  Written when nothing of the job is left, atomically: {"run", "node", "machine_rank", "code", "signal",
-             "started", "ended", "stopped", "failures": [{"rank", "local_rank", "exit_code", "signal", "time", "type",
-             "message"}]}, times in seconds since the epoch, failures by time. Rank null: the launch itself failed.
+  exit.json  Written atomically when nothing of the job is left, and once more when the other nodes have told of theirs:
+             {"run", "node", "machine_rank", "code", "signal", "started", "ended", "stopped", "oom", "failures":
+             [{"rank", "local_rank", "exit_code", "signal", "time", "type", "message"}], "clock", "others", "cause"},
+             times in seconds since the epoch by this node's clock, which is "clock" seconds ahead of the first node's;
+             failures by time. Rank null: the launch itself failed. "stopped": told to end before anything failed here.
+             "others": what was heard of the other nodes, as reports (cause.py); "cause": the first cause of all, in
+             one line, null when all went well.
+  stacks/    rank-00003.txt: what each rank was doing when nothing went on any more (and rank-00003.py-spy.txt).
+  flight/    The dumps of NCCL's flight recorder, where there are any.
 The same lines go to standard output (`[rank 5] text`) as far as somebody reads it.
 
 SIGTERM or SIGINT asks the job to stop, and kills it after stop_grace seconds; a second one kills it now.
@@ -47,7 +54,17 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# On a node these files lie side by side, and belong to no package.
+if TYPE_CHECKING or __package__:
+    from .cause import HANG, first_cause, how
+    from .guard import Guard
+    from .stacks import STATES, collect, find_ranks, keep_flight_records
+else:
+    from cause import HANG, first_cause, how
+    from guard import Guard
+    from stacks import STATES, collect, find_ranks, keep_flight_records
 
 LONGEST = 64 * 1024  # of a line, in bytes
 CHUNK = 256 * 1024  # one read
@@ -59,8 +76,9 @@ KILL_PATIENCE = 10.0  # a process in uninterruptible sleep does not die of SIGKI
 SHORTEST_SECRET = 4  # shorter values would blot out half of every line
 CONTINUES = 0x80  # the high bits of a UTF-8 byte that is not the first of its character
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-# How gloo, NCCL and sockets say that another rank went away. A killed rank's connections may close a moment before
-# its death can be seen, so time alone would blame the survivor.
+LOOK = 0.1  # seconds between two looks for a rank that fell
+EXIT_PATIENCE = 30.0  # beyond the grace, for a rank that failed and does not end, or a torchrun that does not notice
+OURS = ("status", "time", "lost")  # of an ending, in no exit.json
 SIGNALLED = 128  # exit statuses from here on tell of a signal
 LARGEST_CODE = 126  # a shell means something else by 126 and 127
 PR_SET_CHILD_SUBREAPER = 36
@@ -75,20 +93,25 @@ def main(argv: list[str]) -> int:
     log = Log(out / "node.log")
     bell = Bell()
     adopt_orphans()
+    guard = Guard(run, say=log.say)
     folder = Path(tempfile.mkdtemp(prefix="launcher-"))
     try:
-        ending = carry_out(run, log=log, bell=bell, folder=folder)
+        ended = carry_out(run, log=log, bell=bell, folder=folder, guard=guard)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    write_exit(out / "exit.json", with_others(ended, guard))  # what we know is safe; then hear the others to their end
+    found = first_cause([ended])
+    guard.part(ended, why=found[1] if found else "", hurry=lambda: bell.rung > 0)
     log.finish()
-    write_exit(out / "exit.json", ending)
-    seal_checkpoints(run, ending, bell=bell)
-    return int(ending["status"])
+    write_exit(out / "exit.json", with_others(ended, guard))
+    seal_checkpoints(run, ended, bell=bell)
+    return int(ended["status"])
 
 
-def carry_out(run: dict[str, Any], *, log: Log, bell: Bell, folder: Path) -> dict[str, Any]:
+def carry_out(run: dict[str, Any], *, log: Log, bell: Bell, folder: Path, guard: Guard) -> dict[str, Any]:
     """Start the job, follow it to its end, clear away what it left; answers with how it ended."""
-    started = time.time()
+    started, out = time.time(), Path(run["out"])
+    killed_before = oom_kills()
     secrets = wait_for_secrets(run, bell=bell)
     if isinstance(secrets, str):
         log.say(secrets)
@@ -96,7 +119,7 @@ def carry_out(run: dict[str, Any], *, log: Log, bell: Bell, folder: Path) -> dic
         failures = [] if bell.rung else [failure(time=time.time(), kind="SecretsMissing", message=secrets)]
         return ending(run, code=code, started=started, stopped=bool(bell.rung), failures=failures)
     log.redact = Redactor(secrets.values())
-    pipes = Pipes(folder, run=run, log=log, bell=bell)
+    pipes = Pipes(folder, run=run, log=log, bell=bell, guard=guard)
     try:
         job = Job(run, folder=folder, output=pipes.job_end)
     except (OSError, ValueError) as error:
@@ -105,17 +128,19 @@ def carry_out(run: dict[str, Any], *, log: Log, bell: Bell, folder: Path) -> dic
         return ending(run, code=1, started=started, stopped=False, failures=failures)
     keep_manifests(run, "watch", since=started, output=pipes.job_end)
     pipes.close_job_end()
-    follow(job, pipes=pipes, bell=bell, grace=float(run["stop_grace"]))
-    stopped = bool(bell.rung)
+    hangs = follow(job, pipes=pipes, bell=bell, guard=guard, folder=folder, run=run)
     clear_away(job, pipes=pipes, bell=bell, log=log)
     pipes.drain()
-    failures = read_failures(folder, run=run)
+    keep_flight_records(folder, out=out)
+    failures = sorted([*hangs, *read_failures(folder, run=run, redact=log.redact)], key=lambda one: float(one["time"]))
+    own = [one for one in failures if job.told is None or one["time"] < job.told]
+    stopped = job.told is not None and not own
     code = job.code
-    if failures and 0 < code < SIGNALLED and not stopped:
+    if own and code != 0 and (code < SIGNALLED if job.told is None else True):
         # torchrun's order is that of the ends it saw; the ranks' own notes know which was first.
-        own = failures[0]["exit_code"]
-        code = own if 0 < own < LARGEST_CODE else 1
-    return ending(run, code=code, started=started, stopped=stopped, failures=failures)
+        code = own[0]["exit_code"] if 0 < own[0]["exit_code"] < LARGEST_CODE else 1
+    oom = oom_kills() > killed_before and not stopped
+    return ending(run, code=code, started=started, stopped=stopped, failures=failures, oom=oom)
 
 
 def keep_manifests(run: dict[str, Any], how: str, *, since: float, output: int) -> subprocess.Popen[bytes] | None:
@@ -143,18 +168,60 @@ def seal_checkpoints(run: dict[str, Any], ended: dict[str, Any], *, bell: Bell) 
         time.sleep(0.02)
 
 
-def follow(job: Job, *, pipes: Pipes, bell: Bell, grace: float) -> None:
-    """Carry lines until the job has ended; pass on what the bell asks for."""
-    heard, deadline = 0, float("inf")
+def follow(
+    job: Job, *, pipes: Pipes, bell: Bell, guard: Guard, folder: Path, run: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Carry lines until the job has ended; pass on what the bell asks for, and the verdict of the guard.
+
+    Answers with the failures that no rank could note itself: that nothing went on any more.
+    """
+    grace = float(run["stop_grace"])
+    heard, deadline, look_at, fell = 0, float("inf"), 0.0, False
+    hangs: list[dict[str, Any]] = []
     while not job.has_ended():
-        if bell.rung > heard:
-            heard = bell.rung
+        now = time.monotonic()
+        if not fell and heard == 0 and now >= look_at:
+            look_at = now + LOOK
+            if failures := read_failures(folder, run=run, redact=pipes.log.redact):
+                # torchrun ends the others here, whatever the guards of other nodes may say now.
+                fell, deadline = True, now + grace + EXIT_PATIENCE
+                guard.ending(f"node {run['node']}, rank {failures[0]['rank']}: {how(failures[0])}", failures=failures)
+        if heard == 0 and guard.verdict and not fell:
+            pipes.log.say(f"launcher: the run ends: {guard.verdict}")
+            if guard.hanging:
+                hangs = note_hang(job, pipes=pipes, guard=guard, folder=folder, run=run)
+        asked = max(bell.rung, 1 if guard.verdict and not fell else 0)
+        if asked > heard:
+            heard = asked
+            guard.ending(f"node {run['node']}: told to stop")
             job.signal(signal.SIGTERM if heard == 1 else signal.SIGKILL)
             deadline = min(deadline, time.monotonic() + grace)
         if time.monotonic() >= deadline:
             job.signal(signal.SIGKILL)
             deadline = float("inf")
-        pipes.pump(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
+        pipes.pump(timeout=min(guard.patience(), max(0.0, deadline - time.monotonic())))
+    return hangs
+
+
+def note_hang(job: Job, *, pipes: Pipes, guard: Guard, folder: Path, run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Keep what every rank was doing; answers with who can be blamed by the look of it."""
+    now = time.time()
+    ranks = find_ranks(folder / "ranks", living=job.descendants())
+    collect(ranks, folder=folder / "ranks", out=Path(run["out"]), wait=pipes.pass_time)
+    pipes.log.say(f"launcher: stacks of {len(ranks)} ranks are in {run['out']}/stacks")
+    first = run["machine_rank"] * run["local_processes"]
+    # Since it was so before anybody noticed, whoever can be blamed comes first.
+    since = now - float(run["guard"]["hang_timeout"])
+    blamed = [
+        {
+            **failure(time=since, kind=HANG, message=f"{STATES[one.state]}; {guard.verdict}"),
+            "rank": one.rank,
+            "local_rank": one.rank - first,
+        }
+        for one in ranks
+        if one.state in STATES
+    ]
+    return blamed + ([failure(time=now, kind=HANG, message=guard.verdict)] if guard.decided else [])
 
 
 def clear_away(job: Job, *, pipes: Pipes, bell: Bell, log: Log) -> None:
@@ -380,15 +447,18 @@ def is_writable(fd: int, *, timeout: float) -> bool:
 class Pipes:
     """All streams of the job: one FIFO per rank, and one pipe for torchrun itself."""
 
-    def __init__(self, folder: Path, *, run: dict[str, Any], log: Log, bell: Bell) -> None:
-        self._log, self._bell = log, bell
+    def __init__(self, folder: Path, *, run: dict[str, Any], log: Log, bell: Bell, guard: Guard) -> None:
+        self.log, self._bell, self._guard = log, bell, guard
         self._streams: dict[int, tuple[str, Lines]] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(bell.fd, selectors.EVENT_READ)
+        if guard.fd is not None:
+            self._selector.register(guard.fd, selectors.EVENT_READ)
         ours, self.job_end = os.pipe()
         self._add(ours, "-")
         (folder / "pipes").mkdir()
-        (folder / "errors").mkdir()
+        for name in ("errors", "ranks", "ranks/flight"):
+            (folder / name).mkdir()
         first = run["machine_rank"] * run["local_processes"]
         for local_rank in range(run["local_processes"]):
             fifo = folder / "pipes" / str(local_rank)
@@ -413,9 +483,16 @@ class Pipes:
         for key, _events in self._selector.select(timeout):
             if key.fd == self._bell.fd:
                 self._bell.quiet()
-            else:
+            elif key.fd != self._guard.fd:
                 any_read |= self._read(key.fd)
+        self._guard.turn()
         return any_read
+
+    def pass_time(self, seconds: float) -> None:
+        """Go on carrying lines for so long."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.pump(timeout=left)
 
     def _read(self, fd: int) -> bool:
         try:
@@ -426,7 +503,9 @@ class Pipes:
             self._selector.unregister(fd)
             return False
         rank, lines = self._streams[fd]
-        self._log.write(rank, lines.feed(data, redact=self._log.redact, now=time.monotonic()))
+        if rank != "-":
+            self._guard.progress(time.monotonic())
+        self.log.write(rank, lines.feed(data, redact=self.log.redact, now=time.monotonic()))
         return True
 
     def drain(self) -> None:
@@ -434,7 +513,7 @@ class Pipes:
         while self.pump(timeout=0):
             pass
         for rank, lines in self._streams.values():
-            self._log.write(rank, lines.end(redact=self._log.redact))
+            self.log.write(rank, lines.end(redact=self.log.redact))
 
 
 class Job:
@@ -443,6 +522,7 @@ class Job:
     def __init__(self, run: dict[str, Any], *, folder: Path, output: int) -> None:
         self.code = -1
         self.killed = False
+        self.told: float | None = None  # when it was first asked to end
         self._process = subprocess.Popen(
             [sys.executable, str(Path(run["files"], "launch.py")), *run["launch"]],
             cwd=run["workdir"],
@@ -469,6 +549,7 @@ class Job:
     def signal(self, number: signal.Signals) -> None:
         """To launch.py and its process group; torchrun passes it on to the ranks."""
         self.killed = self.killed or number is signal.SIGKILL
+        self.told = self.told or time.time()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
@@ -477,6 +558,10 @@ class Job:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+        return self.descendants()
+
+    def descendants(self) -> set[int]:
+        """The same while the job goes on: its end is still to be heard of, so nobody is taken leave of."""
         parents = dict(living_processes())
         found: set[int] = set()
         edge = {os.getpid()}
@@ -499,10 +584,16 @@ def living_processes() -> Iterator[tuple[int, int]]:
 def environment(run: dict[str, Any], *, folder: Path) -> dict[str, str]:
     """What the job sees: ours, the run's, where its secrets lie, and where its helpers report."""
     defaults = {"PYTHONUNBUFFERED": "1", "PET_SHUTDOWN_TIMEOUT": str(max(1, int(run["stop_grace"])))}
+    defaults |= {"LAUNCHER_RUN": run["run"]}  # the container may say another one, whose work this one goes on with
     if run["backend"] == "gloo":
         defaults |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    else:
+        # NCCL's flight recorder: it keeps the last collectives, and writes them down at a timeout or when asked.
+        record = str(folder / "ranks" / "flight" / "rank_")
+        defaults |= {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}
+        defaults |= {"TORCH_FR_DUMP_TEMP_FILE": record, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": record}
+        defaults |= {"TORCH_NCCL_DEBUG_INFO_PIPE_FILE": record, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     ours = {
-        "LAUNCHER_RUN": run["run"],
         "LAUNCHER_NODE": run["node"],
         "LAUNCHER_WORLD_SIZE": str(run["world_size"]),
         "LAUNCHER_BACKEND": run["backend"] or "",
@@ -510,6 +601,7 @@ def environment(run: dict[str, Any], *, folder: Path) -> dict[str, str]:
         "LAUNCHER_SECRETS": os.pathsep.join(str(Path(run["secrets_dir"], name)) for name in run["secrets"]),
         "LAUNCHER_PIPES": str(folder / "pipes"),
         "LAUNCHER_ERRORS": str(folder / "errors"),
+        "LAUNCHER_RANKS": str(folder / "ranks"),
         "LAUNCHER_FAILURES": str(folder / "failures.json"),
     }
     asked: dict[str, str] = run["env"]
@@ -533,23 +625,27 @@ def wait_for_secrets(run: dict[str, Any], *, bell: Bell) -> dict[str, bytes] | s
         return f"launcher: a secret is missing in {folder}: {error}"
 
 
-def read_failures(folder: Path, *, run: dict[str, Any]) -> list[dict[str, Any]]:
+def read_failures(folder: Path, *, run: dict[str, Any], redact: Redactor) -> list[dict[str, Any]]:
     """What torchrun saw, made more exact by what the ranks noted themselves; the first cause first."""
     seen: list[dict[str, Any]] = load(folder / "failures.json", default=[])
+    fell = load(folder / "ranks" / "fell.json", default=None)
+    if fell and all(record["rank"] != fell["rank"] for record in seen):
+        seen.append(fell)
     notes = {note["rank"]: note for path in (folder / "errors").glob("*.json") if (note := load(path, default=None))}
     records = [{**record, **notes.pop(record["rank"], {})} for record in seen]
+    records += [{**failure(time=0.0), **note} for note in notes.values()]
     first = run["machine_rank"] * run["local_processes"]
-    records += [{**failure(time=0.0, local_rank=rank - first), **note} for rank, note in notes.items()]
+    for record in records:
+        record["local_rank"] = None if record["rank"] is None else record["rank"] - first
+        record["message"] = redact(record["message"].encode(errors="replace")).decode(errors="replace")
     return sorted(records, key=lambda record: float(record["time"]))
 
 
-def failure(
-    *, time: float, kind: str | None = None, message: str = "", local_rank: int | None = None
-) -> dict[str, Any]:
+def failure(*, time: float, kind: str | None = None, message: str = "") -> dict[str, Any]:
     """One record of exit.json."""
     return {
         "rank": None,
-        "local_rank": local_rank,
+        "local_rank": None,
         "exit_code": 1,
         "signal": None,
         "time": time,
@@ -567,9 +663,15 @@ def load(path: Path, *, default: Any) -> Any:
 
 
 def ending(
-    run: dict[str, Any], *, code: int, started: float, stopped: bool, failures: list[dict[str, Any]]
+    run: dict[str, Any],
+    *,
+    code: int,
+    started: float,
+    stopped: bool,
+    failures: list[dict[str, Any]],
+    oom: bool = False,
 ) -> dict[str, Any]:
-    """exit.json, and under "status" our own exit status."""
+    """This node's part of exit.json, which is also a report (cause.py); and under "status" our own exit status."""
     status = code if code >= 0 else 128 - code
     return {
         "run": run["run"],
@@ -580,9 +682,28 @@ def ending(
         "started": started,
         "ended": time.time(),
         "stopped": stopped,
+        "oom": oom,
         "failures": failures,
         "status": status,
+        "time": time.time(),
+        "lost": "",
     }
+
+
+def with_others(ended: dict[str, Any], guard: Guard) -> dict[str, Any]:
+    """The whole of exit.json: with what was heard of the other nodes, and the first cause of all."""
+    others = guard.others(now=time.monotonic(), wall=time.time())
+    found = first_cause([{**ended, "others": others}])
+    return {**ended, "clock": guard.clock, "others": others, "cause": found and found[1]}
+
+
+def oom_kills() -> int:
+    """How many processes of this container the kernel has killed for memory; 0 where it does not tell (cgroup 1, 2)."""
+    for place in ("memory.events", "memory/memory.oom_control"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            said = Path("/sys/fs/cgroup", place).read_text().split()
+            return int(said[said.index("oom_kill") + 1])
+    return 0
 
 
 def signal_name(number: int) -> str:
@@ -595,7 +716,7 @@ def signal_name(number: int) -> str:
 
 def write_exit(path: Path, ended: dict[str, Any]) -> None:
     """Whole or not at all, also over a power cut."""
-    text = json.dumps({key: value for key, value in ended.items() if key != "status"}, indent=1) + "\n"
+    text = json.dumps({key: value for key, value in ended.items() if key not in OURS}, indent=1) + "\n"
     fresh = path.with_name(path.name + ".tmp")
     with fresh.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -6,6 +6,8 @@ It is not a wrapper the script could notice: `__main__`, `sys.argv`, `sys.path[0
 `python SCRIPT`. It reads from the environment, and does nothing for a variable that is not set:
   LAUNCHER_PIPES        a folder of FIFOs named by local rank; standard output and error go there
   LAUNCHER_ERRORS       a folder; an exception leaves <rank>.json there: {rank, time, type, message, exit_code, signal}
+  LAUNCHER_RANKS        a folder; <rank>.pid says which process this is, and <rank>.stacks receives the stacks of all
+                        its threads whenever it gets the signal SIGRTMIN + 9 (also while it holds the GIL)
   LAUNCHER_WORLD_SIZE   the planned number of ranks; another WORLD_SIZE is an error
   LAUNCHER_SECRETS      files (joined by os.pathsep): each becomes the variable that is its name
   LAUNCHER_NVME         paths (joined by os.pathsep) for NVMe offload, dealt out over the local ranks
@@ -17,6 +19,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import runpy
@@ -30,12 +33,14 @@ from types import TracebackType
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1
+SHOW = getattr(signal, "SIGRTMIN", 34) + 9  # stacks.py sends it
 
 
 def main(argv: list[str]) -> None:
     """Run the script as `__main__`; leaves by the exit code of the script."""
     die_with_parent()
     connect_output()
+    answer_for_stacks()
     sys.argv = argv
     script = argv[0]
     try:
@@ -75,6 +80,17 @@ def connect_output() -> None:
     os.dup2(pipe, 1)
     os.dup2(pipe, 2)
     os.close(pipe)
+
+
+def answer_for_stacks() -> None:
+    """Show what every thread is doing when the agent asks; only who has left its number is asked."""
+    folder = os.environ.get("LAUNCHER_RANKS")
+    if not folder:
+        return
+    rank = os.environ["RANK"]
+    file = os.open(os.path.join(folder, f"{rank}.stacks"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # noqa: PTH118
+    faulthandler.register(SHOW, file=file, all_threads=True, chain=False)
+    Path(folder, f"{rank}.pid").write_text(str(os.getpid()))
 
 
 def check_world_size() -> None:

@@ -5,8 +5,10 @@ Usage: python3 launch.py [arguments of `accelerate launch`]
 When ranks fail, torchrun knows everything about it and prints sixty lines. This writes the same as JSON to the
 file named by LAUNCHER_FAILURES, a list sorted by time of
 {"rank", "local_rank", "exit_code", "signal", "time", "type", "message"}, and prints one line.
-A rank that died of a signal has exit_code 128 + its number. Exits with the first failure's code if that is
-1 to 125, else with 1; with 128 + N when signal N stopped the launch itself.
+A rank that died of a signal has exit_code 128 + its number. The first bad death is also written to "fell.json" in the
+folder LAUNCHER_RANKS as soon as it is seen: torchrun first ends the others, which may take as long as they like.
+Exits with the first failure's code if that is 1 to 125, else with 1; with 128 + N when signal N stopped the launch
+itself.
 """
 
 from __future__ import annotations
@@ -65,13 +67,16 @@ class Deaths:
 
     def __init__(self) -> None:
         self.times: dict[int, float] = {}
+        self._told = not os.environ.get("LAUNCHER_RANKS")
         signal.signal(signal.SIGCHLD, self._note)
 
     def _note(self, _signal: int, _frame: object) -> None:
         now = time.time()
         for pid in children():
-            if pid not in self.times and is_dead(pid):
+            if pid not in self.times and (end := end_of(pid)):
                 self.times[pid] = now
+                if not self._told and end != (os.CLD_EXITED, 0):
+                    self._told = tell_fall(pid, *end, now=now)
 
 
 def children() -> list[int]:
@@ -83,12 +88,36 @@ def children() -> list[int]:
         return []
 
 
-def is_dead(pid: int) -> bool:
-    """Look without reaping: the status belongs to torchrun."""
+def end_of(pid: int) -> tuple[int, int] | None:
+    """How a child ended (CLD_…), with which code or signal. Looks without reaping: the status belongs to torchrun."""
     try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        seen = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
+        return None
+    return None if seen is None else (seen.si_code, seen.si_status)
+
+
+def tell_fall(pid: int, how: int, status: int, *, now: float) -> bool:
+    """Write down the death of a rank for the agent; False for another child, which is torchrun's own business."""
+    folder = Path(os.environ["LAUNCHER_RANKS"])
+    rank = next((int(one.stem) for one in folder.glob("*.pid") if one.read_text() == str(pid)), None)
+    if rank is None:
         return False
+    name = None if how == os.CLD_EXITED else name_of(status)
+    code = status if name is None else 128 + status
+    # By a name of its own: a second child may die while we write, and a handler may interrupt a handler.
+    fresh = folder / f"{rank}.tmp"
+    fresh.write_text(json.dumps(failure(rank=rank, time=now, exit_code=code, signal_name=name)), encoding="utf-8")
+    fresh.rename(folder / "fell.json")
+    return True
+
+
+def name_of(number: int) -> str:
+    """SIGKILL for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def read_failures(failures: dict[int, Any], *, deaths: dict[int, float]) -> list[dict[str, Any]]:

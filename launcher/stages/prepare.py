@@ -25,9 +25,13 @@ mv "$fresh" "$folder"; rm -rf "$folder.old"
 """
 
 
-def put_run(machine: Machine, plan: Plan, node: NodePlan) -> None:
-    """Write the run's folder on a node: the rendered files, and an empty log that can be followed at once."""
+def put_run(machine: Machine, plan: Plan, node: NodePlan, *, key: str) -> None:
+    """Write the run's folder on a node: the rendered files, and an empty log that can be followed at once.
+
+    `key` signs what the nodes' guards tell each other. It is in no plan: only here, in a file that only its user reads.
+    """
     rendered = {f"files/{name}": text for name, text in render.files(plan, node).items()}
+    rendered["files/guard.key"] = key + "\n"
     folder = node.host.files.rpartition("/")[0]
     made = machine.transport.send(
         script(_PUT, folder, node.host.checkpoints), (_archive({**rendered, "out/node.log": ""}),)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.command import Command
 from cluster.container import Container
@@ -58,13 +59,15 @@ def watch(
     show: Show,
     own: bool,
     clear: bool,
+    lost: Mapping[str, NodeEnded] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> RunEnded:
     """Follow the run to its end on every node, stop the others when one ends badly, and say how it ended.
 
     `show(node, line)` hears every complete log line. When the command owns the run, Ctrl-C stops it in order, a second
     one ends it at once, a third one leaves what cannot be stopped; else Ctrl-C raises `Detached`. With `clear` the
-    containers are removed at the end; else they stay for their owner to see.
+    containers are removed at the end; else they stay for their owner to see. `lost` are nodes of the run that cannot be
+    watched.
     """
     ends: dict[str, NodeEnded] = {}
     arrivals: queue.SimpleQueue[NodeEnded | BaseException | None] = queue.SimpleQueue()
@@ -104,7 +107,7 @@ def watch(
             emit(arrived)
     if clear:
         _clear(parts)
-    return _verdict(ends, interrupted=by_user, now=clock())
+    return _verdict({**(lost or {}), **ends}, interrupted=by_user, now=clock())
 
 
 @contextmanager
@@ -239,24 +242,41 @@ def read_exit(node: str, text: str, *, now: float, code: int | None = None, oom:
     try:
         said = json.loads(text)
         own = int(said["code"])
-        failures = tuple(
-            Failure(
-                rank=one.get("rank"),
-                exit_code=int(one.get("exit_code") or 1),
-                signal=one.get("signal"),
-                time=float(one.get("time") or 0),
-                type=one.get("type"),
-                message=str(one.get("message") or ""),
-            )
-            for one in said.get("failures") or ()
-        )
+        ahead = float(said.get("clock") or 0)
         return NodeEnded(
             time=now,
             node=node,
             code=own if code is None else code,
-            oom=oom,
+            oom=oom or bool(said.get("oom")),
             stopped=bool(said.get("stopped")),
-            failures=failures,
+            failures=_failures(said, ahead=ahead),
+            others=tuple(_heard_of(other, ahead=ahead) for other in said.get("others") or ()),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
+
+
+def _failures(said: Mapping[str, Any], *, ahead: float) -> tuple[Failure, ...]:
+    return tuple(
+        Failure(
+            rank=one.get("rank"),
+            exit_code=int(one.get("exit_code") or 1),
+            signal=one.get("signal"),
+            time=float(one.get("time") or 0) - ahead,
+            type=one.get("type"),
+            message=str(one.get("message") or ""),
+        )
+        for one in said.get("failures") or ()
+    )
+
+
+def _heard_of(said: Mapping[str, Any], *, ahead: float) -> NodeEnded:
+    return NodeEnded(
+        time=float(said["time"]) - ahead,
+        node=str(said["node"]),
+        code=int(said["code"]),
+        oom=bool(said.get("oom")),
+        stopped=bool(said.get("stopped")),
+        lost=str(said.get("lost") or ""),
+        failures=_failures(said, ahead=ahead),
+    )

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from launcher import render
+
+TIMES = {"beat": 2.0, "grace": 60.0, "hang_timeout": None}
 INSIDE = Path(__file__).parents[2] / "launcher" / "inside"
 
 # A launch.py that starts local ranks as torchrun does: each in a session of its own, under bootstrap.py.
@@ -75,7 +78,7 @@ class Bench:
         files, out, work = (self.folder / name for name in ("files", "out", "work"))
         for path in (files, out, work):
             path.mkdir(exist_ok=True)
-        for name in ("bootstrap.py", "launch.py"):
+        for name in render.INSIDE:
             shutil.copy(INSIDE / name, files / name)
         if launch is not None:
             (files / "launch.py").write_text(launch)
@@ -96,12 +99,13 @@ class Bench:
             "backend": None,
             "nvme": [],
             "stop_grace": 5,
+            "guard": {"peers": [], **TIMES},
         }
         path = self.folder / "run.json"
         path.write_text(json.dumps(document | run))
-        # Copied and run alone, as on a node: it must not need anything beside it.
-        agent = shutil.copy(INSIDE / "agent.py", self.folder / "agent.py")
-        self.agents.append(subprocess.Popen([sys.executable, agent, str(path)], stdout=stdout, stderr=stdout))
+        # Copied and run there, as on a node: they must not need anything else of ours.
+        argv = [sys.executable, str(files / "agent.py"), str(path)]
+        self.agents.append(subprocess.Popen(argv, stdout=stdout, stderr=stdout))
         return self.agents[-1]
 
     def end(self, agent: subprocess.Popen[bytes]) -> Ended:

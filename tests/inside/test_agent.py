@@ -53,7 +53,11 @@ def test_a_good_run_leaves_a_whole_exit_file(bench: Bench) -> None:
         "code": 0,
         "signal": None,
         "stopped": False,
+        "oom": False,
         "failures": [],
+        "clock": 0.0,
+        "others": [],
+        "cause": None,
     }
     assert not (ended.out / "exit.json.tmp").exists()
 

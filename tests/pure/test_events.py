@@ -36,6 +36,13 @@ EVENTS = (
     NodeStarted(time=4.0, node="gpu-01", container="0123abcd"),
     NodeEnded(time=5.0, node="gpu-01", code=137, oom=True, failures=(FAILURE, dataclasses.replace(FAILURE, rank=None))),
     NodeEnded(time=5.5, node="gpu-02", code=1, stopped=True, lost="lost: no answer"),
+    NodeEnded(
+        time=5.6,
+        node="gpu-03",
+        code=143,
+        stopped=True,
+        others=(NodeEnded(time=5.0, node="gpu-01", code=137, failures=(FAILURE,)),),
+    ),
     RunEnded(time=6.0, code=1, cause="node gpu-01, rank 5: killed by SIGKILL"),
     CheckpointVerified(time=7.0, unit="run-1/step-00000100", nodes=("gpu-01", "gpu-02"), bytes=1 << 40),
     CheckpointVerified(time=7.5, unit="run-1/step-00000100", nodes=("gpu-01",), bytes=3, flaws=("torn: latest",)),

@@ -71,7 +71,7 @@ class Nodes:
         """Something that ends a node's program."""
         return lambda: self.engines[node - 1].end(self.containers[node - 1], code)
 
-    def watch(self, *, own: bool = True) -> RunEnded:
+    def watch(self, *, own: bool = True, lost: Mapping[str, NodeEnded] | None = None) -> RunEnded:
         parts = [
             Watched(
                 machine=Machine(name=engine.node, transport=transport, engine=engine),
@@ -86,7 +86,7 @@ class Nodes:
         def show(node: str, line: bytes) -> None:
             self.lines.append((node, line))
 
-        return watch(parts, emit=self.events.append, show=show, own=own, clear=own, clock=lambda: NOW)
+        return watch(parts, emit=self.events.append, show=show, own=own, clear=own, lost=lost, clock=lambda: NOW)
 
     @property
     def ends(self) -> Mapping[str, NodeEnded]:
@@ -216,6 +216,28 @@ class TestSilence:
         nodes.engines[0].faults.at("version", *[self.lost] * 50)
         assert nodes.watch().code == 0
 
+    def test_of_a_node_that_cannot_be_watched_the_others_tell(self, tmp_path: Path) -> None:
+        nodes = Nodes(tmp_path, ("stopped",))
+        nodes.engines[0].end(nodes.containers[0], 143)
+        dead = {"rank": 9, "exit_code": 137, "signal": "SIGKILL", "time": 9.5, "type": None, "message": ""}
+        told = {
+            "node": "gpu-2",
+            "time": 10.0,
+            "code": 1,
+            "stopped": False,
+            "oom": False,
+            "lost": "",
+            "failures": [dead],
+        }
+        nodes.says(1, code=143, stopped=True, failures=[], others=[told])
+        lost = {"gpu-2": ended("gpu-2", 1, lost="lost: no answer")}
+        assert nodes.watch(lost=lost).cause == "node gpu-2, rank 9: killed by SIGKILL"
+
+    def test_a_node_of_which_nobody_tells_is_lost(self, tmp_path: Path) -> None:
+        nodes = Nodes(tmp_path, GOOD)
+        lost = {"gpu-2": ended("gpu-2", 1, lost="lost: no answer")}
+        assert nodes.watch(lost=lost) == RunEnded(time=NOW, code=1, cause="node gpu-2: lost: no answer")
+
     def test_an_impostor_is_as_good_as_silence(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(stage, "GRACE", 0.0)
         wrong = UntrustedError("gpu-1", "the host key is not the pinned one")
@@ -335,11 +357,24 @@ class TestReadExit:
         failure = Failure(rank=5, exit_code=-11, signal="SIGSEGV", time=12.5, type=None, message="x")
         assert read_exit("gpu-1", json.dumps(said), now=NOW) == ended("gpu-1", 1, failures=(failure,))
 
+    def test_times_are_told_by_the_first_nodes_clock(self) -> None:
+        dead = {"rank": 9, "exit_code": 137, "signal": "SIGKILL", "time": 103.0, "type": None, "message": ""}
+        other = {"node": "gpu-2", "time": 110.0, "code": 1, "lost": "lost: silent", "failures": [dead]}
+        said = {"code": 1, "clock": 100.0, "oom": True, "failures": [dead], "others": [other]}
+        failure = Failure(rank=9, exit_code=137, signal="SIGKILL", time=3.0, type=None, message="")
+        heard = NodeEnded(time=10.0, node="gpu-2", code=1, lost="lost: silent", failures=(failure,))
+        read = read_exit("gpu-1", json.dumps(said), now=NOW)
+        assert read == ended("gpu-1", 1, oom=True, failures=(failure,), others=(heard,))
+
     def test_the_engines_word_counts(self) -> None:
         assert read_exit("gpu-1", '{"code": 0}', now=NOW, code=137, oom=True) == ended("gpu-1", 137, oom=True)
 
     @pytest.mark.parametrize(
-        "text", ["", "{", "[]", "7", "null", '{"code": "x"}', '{"code": 1, "failures": [3]}', '{"code": 1e999}', "{}"]
+        "text",
+        [
+            *("", "{", "[]", "7", "null", "{}", '{"code": "x"}', '{"code": 1, "failures": [3]}', '{"code": 1e999}'),
+            *('{"code": 1, "others": [{"node": "b"}]}', '{"code": 1, "clock": "fast"}'),
+        ],
     )
     def test_what_no_agent_writes_is_nothing(self, text: str) -> None:
         assert read_exit("gpu-1", text, now=NOW) is None

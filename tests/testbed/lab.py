@@ -193,6 +193,26 @@ def cut_after(node: str, *, received: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def cut_data(node: str, *others: str) -> Iterator[None]:
+    """Nothing passes between the node and these addresses; who is elsewhere still reaches it, by SSH for example."""
+    with _healed(node):
+        for address in others:
+            run(node, "iptables", "-I", "INPUT", "-s", address, "-j", "DROP")
+            run(node, "iptables", "-I", "OUTPUT", "-d", address, "-j", "DROP")
+        yield
+
+
+@contextlib.contextmanager
+def lose(node: str, *others: str, share: float) -> Iterator[None]:
+    """A share of the packets that come from these addresses is lost."""
+    chance = ("-m", "statistic", "--mode", "random", "--probability", str(share))
+    with _healed(node):
+        for address in others:
+            run(node, "iptables", "-I", "INPUT", "-s", address, *chance, "-j", "DROP")
+        yield
+
+
+@contextlib.contextmanager
 def impostor(node: str) -> Iterator[None]:
     """The node answers with another host key, as a stranger at its address would."""
     with _healed(node):
@@ -222,7 +242,9 @@ def heal(node: str) -> None:
         if ! ip link show eth0 | grep -q ,UP; then
             ip link set eth0 up && ip route replace default via {gateway}
         fi
-        iptables -S INPUT | grep -e connbytes | sed 's/^-A/iptables -D/' | sh
+        for chain in INPUT OUTPUT; do
+            iptables -S $chain | grep -e connbytes -e '-j DROP' | sed 's/^-A/iptables -D/' | sh
+        done
         if [ -d /lab/true-key ]; then
             rm -f /etc/ssh/ssh_host_ed25519_key* && mv /lab/true-key/* /etc/ssh/ && rmdir /lab/true-key &&
             pkill -HUP -o -x sshd

@@ -1,0 +1,180 @@
+"""The fault matrix on three real nodes, by its ids: what ends, how soon, and what the first line says."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from tests.lab.conftest import User, containers, eventually, make_user
+from tests.lab.test_main_job import killed
+from tests.testbed import lab as testbed
+
+GRACE = 60.0  # of a silent node, as run.json says
+
+
+@pytest.fixture
+def stranger(lab: testbed.Lab, user: User, tmp_path: Path) -> User:
+    """Somebody elsewhere with the same inventory, who has not seen the run begin."""
+    made = make_user(tmp_path / "elsewhere", lab.inventory)
+    assert made.launcher("trust", "--yes").code == 0
+    return made
+
+
+def detach(lab: testbed.Lab, user: User, *argv: str, said: str = "ready") -> None:
+    """Start a run that nobody watches, and wait until all its processes are at work and the guards have met."""
+    begun = user.launcher("run", "--detach", *argv)
+    assert begun.code == 0, begun.err
+
+    def lines(node: str) -> int:
+        log = testbed.run(node, "sh", "-c", "cat $(ls -d /home/ml/.launcher/*/*/runs/2* | tail -n 1)/out/node.log")
+        return log.count(f" {said}\n")
+
+    eventually(lambda: all(lines(one.name) == 2 for one in lab.machines), "all six processes", seconds=300)
+    time.sleep(6)
+
+
+def ends(lab: testbed.Lab) -> dict[str, float]:
+    """When each node's run container ended, by the clock that all nodes share."""
+    found = {}
+    for machine in lab.machines:
+        for name in containers(machine.name, role="run"):
+            one = json.loads(testbed.run(machine.name, "docker", "inspect", name))[0]["State"]
+            if one["Status"] == "exited":
+                found[machine.name] = datetime.fromisoformat(one["FinishedAt"][:26] + "+00:00").timestamp()
+    return found
+
+
+def ended(lab: testbed.Lab, *nodes: str, within: float, since: float) -> float:
+    """Wait until the run has ended on these nodes; seconds until the last of them."""
+    wanted = nodes or tuple(machine.name for machine in lab.machines)
+    eventually(lambda: set(wanted) <= set(ends(lab)), f"the end on {', '.join(wanted)}", seconds=within + 60)
+    taken = max(ends(lab)[node] for node in wanted) - since
+    assert taken <= within
+    return taken
+
+
+def test_f21_a_killed_rank_ends_a_run_that_nobody_watches(lab: testbed.Lab, user: User, stranger: User) -> None:
+    detach(lab, user, "jobs/apart.py")
+    victim = lab.machines[1].name
+    begun = time.time()
+    testbed.run(victim, "sh", "-c", killed(3))
+    ended(lab, within=15, since=begun)
+    said = stranger.launcher("attach")
+    assert (said.code, said.first) == (1, f"error: node {victim}, rank 3: killed by SIGKILL"), said.err
+    assert [containers(machine.name, role="run") for machine in lab.machines] == [[], [], []]
+
+
+def test_f22_memory_that_ran_out_is_told_from_a_kill(lab: testbed.Lab, user: User, stranger: User) -> None:
+    victim = lab.machines[2].name
+    testbed.run(victim, "rm", "-f", "/mnt/checkpoints/eat")
+    detach(lab, user, "jobs/apart.py", "5")
+    (container,) = containers(victim, role="run")
+    testbed.run(victim, "docker", "update", "--memory", "2g", "--memory-swap", "2g", container)
+    begun = time.time()
+    testbed.run(victim, "touch", "/mnt/checkpoints/eat")
+    ended(lab, within=60, since=begun)
+    testbed.run(victim, "rm", "-f", "/mnt/checkpoints/eat")
+    said = stranger.launcher("attach")
+    assert (said.code, said.first) == (
+        1,
+        f"error: node {victim}: out of memory: the kernel killed it at the container's limit",
+    )
+
+
+def test_f23_a_rank_that_stands_still_ends_the_run_and_all_stacks_come_home(lab: testbed.Lab, user: User) -> None:
+    running = user.begin("run", "--hang-timeout", "15", "jobs/work.py")
+    logs = user.home / ".state"
+    eventually(
+        lambda: any(b"step 20 of 6" in path.read_bytes() for path in logs.rglob("logs/*.log")), "work", seconds=300
+    )
+    victim = lab.machines[1].name
+    begun = time.monotonic()
+    testbed.run(victim, "sh", "-c", killed(3).replace("kill -9", "kill -STOP"))
+    said = user.end(running)
+    assert said.code == 1, said.err
+    assert said.first.startswith(f"error: node {victim}, rank 3: is stopped (SIGSTOP); no progress: no process of any")
+    assert time.monotonic() - begun < 15 + 5 + 15
+    (evidence,) = [path for path in logs.rglob("evidence") if str(path) in said.err]
+    kept = sorted(path.relative_to(evidence) for path in evidence.rglob("rank-*.txt"))
+    nodes = [machine.name for machine in lab.machines]
+    assert [str(path) for path in kept] == [f"{nodes[rank // 2]}/stacks/rank-{rank:05d}.txt" for rank in range(6)]
+    assert all("work.py" in (evidence / path).read_text() for path in kept)
+
+
+def test_f24_a_node_that_stands_still_ends_the_run_elsewhere(lab: testbed.Lab, user: User, stranger: User) -> None:
+    detach(lab, user, "--hang-timeout", "20", "jobs/apart.py")
+    *others, lost = (machine.name for machine in lab.machines)
+    with testbed.pause(lost):
+        time.sleep(45)
+    begun = time.time()
+    ended(lab, *others, within=20, since=begun)
+    ended(lab, lost, within=30, since=begun)
+    assert stranger.launcher("attach").code == 1
+
+
+def test_f26_a_data_path_that_is_cut_ends_the_run(lab: testbed.Lab, user: User, stranger: User) -> None:
+    detach(lab, user, "jobs/apart.py")
+    *others, lost = lab.machines
+    begun = time.time()
+    with testbed.cut_data(lost.name, *(other.address for other in others)):
+        ended(lab, within=GRACE + 20, since=begun)
+    said = stranger.launcher("attach")
+    assert said.code == 1
+    assert said.first.startswith(f"error: node {lost.name}: lost: silent for 6"), said.err
+
+
+def test_f27_a_node_that_is_gone_ends_the_run_and_attach_learns_it(
+    lab: testbed.Lab, user: User, stranger: User
+) -> None:
+    detach(lab, user, "jobs/apart.py")
+    *others, lost = (machine.name for machine in lab.machines)
+    begun = time.time()
+    with testbed.disconnect(lost):
+        ended(lab, *others, within=GRACE + 15, since=begun)
+        said = stranger.launcher("attach")
+        assert said.code == 1
+        assert said.first.startswith(f"error: node {lost}: lost: silent for 6"), said.err
+        assert [containers(name, role="run") for name in others] == [[], []]
+    ended(lab, lost, within=GRACE + 30, since=begun)
+    stranger.launcher("stop")
+    assert containers(lost, role="run") == []
+
+
+def test_f27_an_agent_that_is_killed_is_missed_within_seconds(lab: testbed.Lab, user: User, stranger: User) -> None:
+    detach(lab, user, "jobs/apart.py")
+    victim = lab.machines[1].name
+    (container,) = containers(victim, role="run")
+    begun = time.time()
+    testbed.run(victim, "docker", "kill", container)
+    ended(lab, within=15, since=begun)
+    said = stranger.launcher("attach")
+    assert (said.code, f"node {victim}" in said.first) == (1, True), said.err
+
+
+def test_f35_a_fifth_of_all_packets_lost_ends_nothing(lab: testbed.Lab, user: User) -> None:
+    detach(lab, user, "jobs/apart.py")
+    bad, *others = lab.machines
+    with testbed.lose(bad.name, *(other.address for other in others), share=0.2):
+        time.sleep(90)
+        assert ends(lab) == {}
+    assert user.launcher("stop").code == 0
+
+
+def test_a_killed_rank_is_started_again_and_the_script_goes_on(lab: testbed.Lab, user: User) -> None:
+    (user.home / "jobs/again.py").write_text(
+        "import os, signal\nfrom pathlib import Path\n"
+        "print('attempt', os.environ.get('LAUNCHER_RESTART', '0'), os.environ['LAUNCHER_RUN'], flush=True)\n"
+        "if 'LAUNCHER_RESTART' not in os.environ and os.environ['RANK'] == '3':\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    said = user.launcher("run", "--max-restarts", "1", "jobs/again.py")
+    assert said.code == 0, said.err
+    assert "starting again in 10 s (restart 1 of 1): it may be over the next time" in said.err
+    attempts = {line.split("| ")[1] for line in said.out.splitlines() if "| attempt" in line}
+    assert sorted(line.split()[1] for line in attempts) == ["0", "1"]
+    assert len({line.split()[2] for line in attempts}) == 1
+    assert [containers(machine.name, role="run") for machine in lab.machines] == [[], [], []]
