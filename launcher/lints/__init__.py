@@ -6,11 +6,11 @@ import re
 
 from cluster import document
 from launcher import dsconfig
-from launcher.lints.accelerate import lint_accelerate
+from launcher.lints.accelerate import PYYAML, lint_accelerate
 from launcher.lints.catalogue import KINDS, Kind, Lint
 from launcher.lints.deepspeed import lint_deepspeed
 
-__all__ = ["KINDS", "Kind", "Lint", "lint_accelerate", "lint_deepspeed", "lint_text"]
+__all__ = ["KINDS", "PYYAML", "Kind", "Lint", "lint_accelerate", "lint_deepspeed", "lint_text"]
 
 _OF_ACCELERATE = re.compile(r"""^[\s{]*["']?(?:compute_environment|distributed_type|num_processes)["']?\s*:""", re.M)
 _OF_DEEPSPEED = re.compile(r"""^[\s{]*["']?(?:zero_optimization|train_\w*batch_size\w*)["']?\s*:""", re.M)
@@ -25,4 +25,4 @@ def lint_text(text: str, *, name: str, world_size: int | None = None) -> tuple[L
     is_json = not bare or bare.startswith(("{", "[", "//", "/*")) or bool(_OF_DEEPSPEED.search(text))
     if is_json and not _OF_ACCELERATE.search(text):
         return lint_deepspeed(dsconfig.read(text, name=name), world_size=world_size)
-    return lint_accelerate(document.read(text, name), world_size=world_size)
+    return lint_accelerate(document.read(text, name, words=PYYAML), world_size=world_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from cluster.document import Document
@@ -56,6 +57,15 @@ OVERLAP: Mapping[str, str] = {
     "offload_param_nvme_path": "zero_optimization.offload_param.nvme_path",
     "zero3_save_16bit_model": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
 }
+# Plain words as PyYAML understands them, with which Accelerate reads and writes: `none` is text, `no` is false.
+PYYAML: Mapping[str, bool | str | None] = MappingProxyType(
+    {
+        **{spelt: True for word in ("yes", "on", "true") for spelt in (word, word.title(), word.upper())},
+        **{spelt: False for word in ("no", "off", "false") for spelt in (word, word.title(), word.upper())},
+        **dict.fromkeys(("Null", "NULL")),
+        **{spelt: spelt for spelt in ("none", "None", "NONE")},
+    }
+)
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
 DEVICES = ("none", "cpu", "nvme")
 
@@ -66,7 +76,10 @@ def lint_accelerate(
     world_size: int | None = None,
     accelerator: Literal["cuda", "cpu"] = "cuda",
 ) -> tuple[Lint, ...]:
-    """Everything that speaks against an Accelerate YAML, errors first. `world_size`: all processes, if known."""
+    """Everything that speaks against an Accelerate YAML, errors first. `world_size`: all processes, if known.
+
+    The document is read with `words=PYYAML`, so that it says what Accelerate will understand.
+    """
     view = View(document=document, accelerator=accelerator, world_size=world_size)
     found = [lint for rule in RULES for lint in rule(view)]
     return tuple(sorted(dict.fromkeys(found), key=lambda lint: lint.level != "error"))

@@ -320,11 +320,11 @@ write {right}: true, or save checkpoints only and export them later
 == optimizer-in-file
 an optimizer in the DeepSpeed file
 the script must hand accelerate.utils.DummyOptim to accelerator.prepare: an optimizer of its own is refused
-make a DummyOptim in the script, or remove "optimizer" from the file
+make a DummyOptim in the script (the Trainer of transformers does), or remove "optimizer" from the file
 == scheduler-in-file
 a scheduler in the DeepSpeed file
 the script must hand accelerate.utils.DummyScheduler to accelerator.prepare: a scheduler of its own is refused
-make a DummyScheduler in the script, or remove "scheduler" from the file
+make a DummyScheduler in the script (the Trainer of transformers does), or remove "scheduler" from the file
 == optimizer-replaced
 the optimizer is offloaded, and the script makes it
 Accelerate puts DeepSpeedCPUAdam in its place, whatever it is (but CPUAdagrad for Adagrad)

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from cluster import document
 from cluster.errors import InputError
 from launcher import dskeys
 from launcher.dsconfig import DsConfig, read
-from launcher.lints import KINDS, Lint, lint_accelerate, lint_deepspeed, lint_text
+from launcher.lints import KINDS, PYYAML, Lint, lint_accelerate, lint_deepspeed, lint_text
 
 GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
 BASE: dict[str, Any] = {
@@ -834,8 +835,9 @@ def test_what_stands_in_a_file_says_what_it_is(text: str, of: str) -> None:
     assert of in {lint.id for lint in lint_text(text, name="file")}
 
 
-def test_an_unquoted_no_is_refused_with_its_place() -> None:
-    with pytest.raises(InputError) as refused:
-        lint_text(YAML.replace("bf16", "no"), name="a.yaml")
-    assert (refused.value.where, refused.value.exit_code) == ("a.yaml:3:18", 2)
-    assert 'write true, false, null, or "no" in quotes' in str(refused.value)
+def test_words_are_what_accelerate_takes_them_for() -> None:
+    (lint,) = lint_text(YAML.replace("bf16", "no"), name="a.yaml")
+    assert in_yaml(lint) == ("precision-unquoted", "3:1", "mixed_precision is false")
+    text = YAML + "  offload_optimizer_device: none\n  offload_param_device: none\n  zero3_init_flag: No\n"
+    assert lint_text(text, name="a.yaml") == ()
+    assert {word: yaml.safe_load(word) for word in PYYAML} == PYYAML
