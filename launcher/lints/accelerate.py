@@ -277,10 +277,8 @@ def _plugin(view: View) -> Iterator[Lint]:
     stage = view.plugin.get("zero_stage", 2)
     if stage in (0, 1, 2):
         yield from _below_3(view, stage)
-    elif stage == STAGE_3 and view.plugin.get("zero3_save_16bit_model") is not True:
-        where = view.where("deepspeed_config", "zero3_save_16bit_model")
-        what = "zero3_save_16bit_model is not true"
-        yield told("no-gather", where=where, what=what, right="zero3_save_16bit_model")
+    elif stage == STAGE_3:
+        yield from _at_3(view)
     yield from _clipping(view)
     look = _as_file(view)
     for rule in PLUGIN_RULES:
@@ -315,6 +313,17 @@ def _below_3(view: View, stage: int) -> Iterator[Lint]:
     if view.plugin.get("deepspeed_moe_layer_cls_names"):
         where = view.where("deepspeed_config", "deepspeed_moe_layer_cls_names")
         yield told("moe-leaf-below-stage-3", where=where, what=f"deepspeed_moe_layer_cls_names at stage {stage}")
+
+
+def _at_3(view: View) -> Iterator[Lint]:
+    if view.plugin.get("zero3_save_16bit_model") is not True:
+        where = view.where("deepspeed_config", "zero3_save_16bit_model")
+        what = "zero3_save_16bit_model is not true"
+        yield told("no-gather", where=where, what=what, right="zero3_save_16bit_model")
+    fp8 = view.data.get("fp8_config")
+    backend = (fp8.get("backend") or fp8.get("fp8_backend")) if isinstance(fp8, Mapping) else None
+    if str(backend).upper() == "MSAMP":
+        yield told("msamp-at-stage-3", where=view.where("fp8_config", "backend"), what="fp8_config.backend is MSAMP")
 
 
 def _clipping(view: View) -> Iterator[Lint]:

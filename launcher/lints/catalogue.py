@@ -262,6 +262,10 @@ Accelerate ignores it, silently: this block holds the plugin's own keys
 gradient_clipping: 0 in deepspeed_config
 Accelerate drops it, and DeepSpeed clips at 1.0
 use a DeepSpeed file with "gradient_clipping": 0, or write the norm that is meant
+== msamp-at-stage-3
+fp8 by MS-AMP at ZeRO stage 3
+Accelerate refuses it: "MS-AMP is not supported for ZeRO Stage 3."
+set zero_stage to 2, or fp8_config.backend to TE
 == deepspeed-config-unused
 deepspeed_config, and distributed_type is not DEEPSPEED
 Accelerate trains without DeepSpeed

@@ -710,6 +710,13 @@ def test_nvme_by_the_plugin_is_told_for_the_device_where_no_path_is_said() -> No
     assert "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH" in found[0].cure
 
 
+def test_fp8_by_msamp_is_not_for_stage_3() -> None:
+    at_3 = YAML.replace("zero_stage: 2", "zero_stage: 3\n  zero3_save_16bit_model: true").replace("bf16", "fp8")
+    found = lint_text(at_3 + "fp8_config:\n  backend: MSAMP\n", name="a.yaml")
+    assert [in_yaml(lint) for lint in found] == [("msamp-at-stage-3", "15:3", "fp8_config.backend is MSAMP")]
+    assert lint_text(at_3 + "fp8_config:\n  backend: TE\n", name="a.yaml") == ()
+
+
 def test_nvme_below_stage_3_is_told_as_in_a_file() -> None:
     found = {lint.id for lint in changed("", "  offload_optimizer_device: nvme\n")}
     assert found == {"yaml-nvme-path", "nvme-below-stage-3", "optimizer-replaced"}
