@@ -56,11 +56,14 @@ class Look:
     @property
     def stage(self) -> int | None:
         """The ZeRO stage; None where it cannot be known."""
-        stage = self.get("zero_optimization.stage")
-        if stage is None and "zero_optimization.stage" not in self.supplied:
+        at = "zero_optimization.stage"
+        stage = self.get(at)
+        if at in self.supplied:
+            return None
+        if stage is None:
             return 0
-        known = isinstance(stage, int) and not isinstance(stage, bool) and 0 <= stage <= STAGE_3
-        return stage if known and "zero_optimization.stage" not in self.supplied else None
+        known = not isinstance(stage, bool) and stage in (0, 1, 2, STAGE_3)
+        return int(stage) if known else None
 
     @property
     def below_3(self) -> bool:

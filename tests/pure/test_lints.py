@@ -396,6 +396,15 @@ def test_a_value_in_a_message_is_short_and_plain() -> None:
     assert "\x1b" not in lints(BASE | {"a\x1b[31m": 1})[0].what
 
 
+@pytest.mark.parametrize(
+    ("stage", "found"), [(2, True), (2.0, True), (True, False), ("2", False), ([], False), (None, True)]
+)
+def test_a_stage_that_is_none_is_told_once_and_judges_nothing(stage: object, found: bool) -> None:
+    told = ids(BASE | {"zero_optimization": {"stage": stage, "offload_param": {"device": "cpu"}}})
+    assert ("offload-param-below-stage-3" in told) is found
+    assert ("wrong-value" in told) is (not found or stage is None)
+
+
 def test_steps_per_print_may_be_anything_since_nobody_reads_it() -> None:
     assert ids(BASE | {"steps_per_print": "auto"}) == ["steps-per-print"]
 
