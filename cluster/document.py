@@ -16,9 +16,10 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn, TypeAlias
 
 import yaml
@@ -37,6 +38,7 @@ LONGEST_INTEGER = 18
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "~": None, "": None}
+_NONE_BESIDES: Mapping[str, bool | str | None] = MappingProxyType({})
 _ALMOST_WORD = re.compile(r"yes|no|on|off|true|false|null|none", re.IGNORECASE)
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
@@ -92,9 +94,9 @@ class Document:
         return f"{self.name}:{line}:{column}"
 
 
-def load(path: Path, *, text_words: tuple[str, ...] = ()) -> Document:
+def load(path: Path) -> Document:
     """Read a file; `InputError` for one that is missing, unreadable, no regular file, too large, or not strict YAML."""
-    document = read(load_text(path), str(path), text_words=text_words)
+    document = read(load_text(path), str(path))
     return replace(document, folder=path.absolute().parent)
 
 
@@ -103,10 +105,10 @@ def load_text(path: Path) -> str:
     return _decoded(_content(path), str(path))
 
 
-def read(text: str, name: str, *, text_words: tuple[str, ...] = ()) -> Document:
+def read(text: str, name: str, *, words: Mapping[str, bool | str | None] = _NONE_BESIDES) -> Document:
     """Read strict YAML; `name` is what messages call it.
 
-    `text_words` are plain words that are text in this kind of file, though elsewhere they might be meant as a null.
+    `words`: plain words that would be refused, and what they mean in the files of the program that they belong to.
     """
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > LARGEST:
@@ -123,7 +125,7 @@ def read(text: str, name: str, *, text_words: tuple[str, ...] = ()) -> Document:
             where=_where(text, found.end() - 1, name),
             next_step="indent with spaces",
         )
-    reader = _Reader(text, name, text_words)
+    reader = _Reader(text, name, words)
     try:
         data = reader.document()
     except yaml.YAMLError as error:
@@ -193,9 +195,9 @@ def _syntax_error(error: yaml.YAMLError, name: str) -> InputError:
 class _Reader:
     """Turns the parser's events into data, and refuses on the way. Levels are bounded, so recursion is."""
 
-    def __init__(self, text: str, name: str, text_words: tuple[str, ...]) -> None:
+    def __init__(self, text: str, name: str, words: Mapping[str, bool | str | None]) -> None:
         self.name = name
-        self.text_words = text_words
+        self.words = {**_WORDS, **words}
         self.events: Iterator[yaml.Event] = yaml.parse(text, Loader=_LOADER)
         self.positions: dict[Place, tuple[int, int]] = {}
         self.count = 0
@@ -269,9 +271,9 @@ class _Reader:
         text = self.text(event)
         if not event.implicit[0]:  # quoted, or a block
             return text
-        if text in _WORDS:
-            return _WORDS[text]
-        if _ALMOST_WORD.fullmatch(text) and text not in self.text_words:
+        if text in self.words:
+            return self.words[text]
+        if _ALMOST_WORD.fullmatch(text):
             self.refuse(event, f"a plain {text} may mean two things", f'write true, false, null, or "{text}" in quotes')
         if _INTEGER.fullmatch(text) and len(text) <= LONGEST_INTEGER:
             return int(text)

@@ -494,7 +494,8 @@ lamb lr betas eps weight_decay bias_correction eps_inside_sqrt max_coeff min_coe
 lamb/offloaded -
 lion lr betas weight_decay set_grad_none
 lion/offloaded lr betas weight_decay fp32_optimizer_states
-muon lr betas eps weight_decay momentum ns_method muon_lr adam_lr adam_w_mode torch_adam fp32_optimizer_states foreach
+muon lr betas eps weight_decay momentum ns_method muon_lr adam_lr per_head_muon adam_w_mode torch_adam \
+  fp32_optimizer_states foreach
 muadam *
 muadamw *
 musgd *

@@ -6,12 +6,13 @@ import re
 
 from cluster import document
 from launcher import dsconfig
-from launcher.lints.accelerate import lint_accelerate
+from launcher.lints.accelerate import PYYAML, lint_accelerate
 from launcher.lints.catalogue import KINDS, Kind, Lint
 from launcher.lints.deepspeed import lint_deepspeed
 
 __all__ = [
     "KINDS",
+    "PYYAML",
     "Kind",
     "Lint",
     "is_deepspeed",
@@ -25,10 +26,6 @@ _OF_ACCELERATE = re.compile(r"""^[\s{]*["']?(?:compute_environment|distributed_t
 _OF_DEEPSPEED = re.compile(r"""^[\s{]*["']?(?:zero_optimization|train_\w*batch_size\w*)["']?\s*:""", re.M)
 
 
-# Words that stand plainly in an Accelerate YAML: PyYAML, which Accelerate uses, takes them for text.
-_TEXT_WORDS = ("none",)
-
-
 def is_deepspeed(text: str) -> bool:
     """Whether a text is meant as a DeepSpeed JSON; else it is an Accelerate YAML. What stands in it says which."""
     bare = text.lstrip("\ufeff \t\r\n")
@@ -38,7 +35,7 @@ def is_deepspeed(text: str) -> bool:
 
 def read_accelerate(text: str, *, name: str) -> document.Document:
     """An Accelerate YAML; `InputError` with its place for what is not strict YAML."""
-    return document.read(text, name, text_words=_TEXT_WORDS)
+    return document.read(text, name, words=PYYAML)
 
 
 def lint_text(text: str, *, name: str, world_size: int | None = None) -> tuple[Lint, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from cluster.document import Document
@@ -56,6 +57,15 @@ OVERLAP: Mapping[str, str] = {
     "offload_param_nvme_path": "zero_optimization.offload_param.nvme_path",
     "zero3_save_16bit_model": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
 }
+# Plain words as PyYAML understands them, with which Accelerate reads and writes: `none` is text, `no` is false.
+PYYAML: Mapping[str, bool | str | None] = MappingProxyType(
+    {
+        **{spelt: True for word in ("yes", "on", "true") for spelt in (word, word.title(), word.upper())},
+        **{spelt: False for word in ("no", "off", "false") for spelt in (word, word.title(), word.upper())},
+        **dict.fromkeys(("Null", "NULL")),
+        **{spelt: spelt for spelt in ("none", "None", "NONE")},
+    }
+)
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
 DEVICES = ("none", "cpu", "nvme")
 
@@ -66,7 +76,10 @@ def lint_accelerate(
     world_size: int | None = None,
     accelerator: Literal["cuda", "cpu"] = "cuda",
 ) -> tuple[Lint, ...]:
-    """Everything that speaks against an Accelerate YAML, errors first. `world_size`: all processes, if known."""
+    """Everything that speaks against an Accelerate YAML, errors first. `world_size`: all processes, if known.
+
+    The document is read with `words=PYYAML`, so that it says what Accelerate will understand.
+    """
     view = View(document=document, accelerator=accelerator, world_size=world_size)
     found = [lint for rule in RULES for lint in rule(view)]
     return tuple(sorted(dict.fromkeys(found), key=lambda lint: lint.level != "error"))
@@ -264,10 +277,8 @@ def _plugin(view: View) -> Iterator[Lint]:
     stage = view.plugin.get("zero_stage", 2)
     if stage in (0, 1, 2):
         yield from _below_3(view, stage)
-    elif stage == STAGE_3 and view.plugin.get("zero3_save_16bit_model") is not True:
-        where = view.where("deepspeed_config", "zero3_save_16bit_model")
-        what = "zero3_save_16bit_model is not true"
-        yield told("no-gather", where=where, what=what, right="zero3_save_16bit_model")
+    elif stage == STAGE_3:
+        yield from _at_3(view)
     yield from _clipping(view)
     look = _as_file(view)
     for rule in PLUGIN_RULES:
@@ -302,6 +313,17 @@ def _below_3(view: View, stage: int) -> Iterator[Lint]:
     if view.plugin.get("deepspeed_moe_layer_cls_names"):
         where = view.where("deepspeed_config", "deepspeed_moe_layer_cls_names")
         yield told("moe-leaf-below-stage-3", where=where, what=f"deepspeed_moe_layer_cls_names at stage {stage}")
+
+
+def _at_3(view: View) -> Iterator[Lint]:
+    if view.plugin.get("zero3_save_16bit_model") is not True:
+        where = view.where("deepspeed_config", "zero3_save_16bit_model")
+        what = "zero3_save_16bit_model is not true"
+        yield told("no-gather", where=where, what=what, right="zero3_save_16bit_model")
+    fp8 = view.data.get("fp8_config")
+    backend = (fp8.get("backend") or fp8.get("fp8_backend")) if isinstance(fp8, Mapping) else None
+    if str(backend).upper() == "MSAMP":
+        yield told("msamp-at-stage-3", where=view.where("fp8_config", "backend"), what="fp8_config.backend is MSAMP")
 
 
 def _clipping(view: View) -> Iterator[Lint]:

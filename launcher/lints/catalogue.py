@@ -262,6 +262,10 @@ Accelerate ignores it, silently: this block holds the plugin's own keys
 gradient_clipping: 0 in deepspeed_config
 Accelerate drops it, and DeepSpeed clips at 1.0
 use a DeepSpeed file with "gradient_clipping": 0, or write the norm that is meant
+== msamp-at-stage-3
+fp8 by MS-AMP at ZeRO stage 3
+Accelerate refuses it: "MS-AMP is not supported for ZeRO Stage 3."
+set zero_stage to 2, or fp8_config.backend to TE
 == deepspeed-config-unused
 deepspeed_config, and distributed_type is not DEEPSPEED
 Accelerate trains without DeepSpeed
@@ -320,11 +324,11 @@ write {right}: true, or save checkpoints only and export them later
 == optimizer-in-file
 an optimizer in the DeepSpeed file
 the script must hand accelerate.utils.DummyOptim to accelerator.prepare: an optimizer of its own is refused
-make a DummyOptim in the script, or remove "optimizer" from the file
+make a DummyOptim in the script (the Trainer of transformers does), or remove "optimizer" from the file
 == scheduler-in-file
 a scheduler in the DeepSpeed file
 the script must hand accelerate.utils.DummyScheduler to accelerator.prepare: a scheduler of its own is refused
-make a DummyScheduler in the script, or remove "scheduler" from the file
+make a DummyScheduler in the script (the Trainer of transformers does), or remove "scheduler" from the file
 == optimizer-replaced
 the optimizer is offloaded, and the script makes it
 Accelerate puts DeepSpeedCPUAdam in its place, whatever it is (but CPUAdagrad for Adagrad)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from launcher import dskeys
 from launcher.lints.catalogue import Lint, told
-from launcher.lints.look import AUTO, Look, dots, shown
+from launcher.lints.look import AUTO, Look, dots, listed, shown
 
 FATES: Mapping[str, str] = {"refuses": "refuses the file", "ignores": "ignores it, silently"}
 
@@ -159,5 +159,5 @@ def _auto_from_script(look: Look) -> Iterator[Lint]:
         if filler != "trainer" and look.get(key) == AUTO and key not in look.supplied:
             waiting.setdefault(filler, []).append(key)
     for who, keys_of_it in waiting.items():
-        what = f'{" and ".join(keys_of_it)} {"are" if len(keys_of_it) > 1 else "is"} "auto"'
+        what = f'{listed(keys_of_it)} {"are" if len(keys_of_it) > 1 else "is"} "auto"'
         yield told(f"auto-{who}", where=look.where(keys_of_it[0]), what=what)

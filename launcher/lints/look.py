@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,11 +56,14 @@ class Look:
     @property
     def stage(self) -> int | None:
         """The ZeRO stage; None where it cannot be known."""
-        stage = self.get("zero_optimization.stage")
-        if stage is None and "zero_optimization.stage" not in self.supplied:
+        at = "zero_optimization.stage"
+        stage = self.get(at)
+        if at in self.supplied:
+            return None
+        if stage is None:
             return 0
-        known = isinstance(stage, int) and not isinstance(stage, bool) and 0 <= stage <= STAGE_3
-        return stage if known and "zero_optimization.stage" not in self.supplied else None
+        known = not isinstance(stage, bool) and stage in (0, 1, 2, STAGE_3)
+        return int(stage) if known else None
 
     @property
     def below_3(self) -> bool:
@@ -108,6 +111,12 @@ def shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
     return str(value) if isinstance(value, int | float) else f'"{_plain(str(value))}"'
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _plain(text: str) -> str:

@@ -372,3 +372,10 @@ class TestLints:
         assert command is None
         assert "/etc/hosts" not in env.values()
         assert args.deepspeed_hostfile == "/etc/hosts"
+
+    def test_fp8_by_msamp_is_refused_at_stage_3(self, folder: Path) -> None:
+        from accelerate import DeepSpeedPlugin
+
+        assert parsed(without(fp8_config={"backend": "MSAMP"}), folder).fp8_backend == "MSAMP"
+        with pytest.raises(NotImplementedError, match="MS-AMP is not supported for ZeRO Stage 3"):
+            DeepSpeedPlugin(zero_stage=3, enable_msamp=True)

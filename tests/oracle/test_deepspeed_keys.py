@@ -359,13 +359,15 @@ def test_each_takes_what_its_class_takes() -> None:
 
 
 def test_muon_takes_what_its_halves_take_and_the_engine_takes_out() -> None:
+    import deepspeed
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     source = inspect.getsource(DeepSpeedEngine.get_optimizer_configuration)
     popped = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
     assert "optimizer_parameters.pop('foreach'" in source
     halves = set(DeepSpeedEngine._MUON_HALF_KEYS) | set(DeepSpeedEngine._ADAM_HALF_KEYS) | {"muon_lr", "adam_lr"}
-    assert set(dskeys.MADE["muon"]) == halves | popped
+    assert '.get("per_head_muon", False)' in inspect.getsource(deepspeed.set_optimizer_flags)
+    assert set(dskeys.MADE["muon"]) == halves | popped | {"per_head_muon"}
 
 
 def test_the_optimizers_of_torch_are_these() -> None:

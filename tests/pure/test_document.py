@@ -244,7 +244,13 @@ def test_a_file_may_have_exactly_the_largest_size(tmp_path: Path) -> None:
     assert loading(path) == f"{path}:1:1: the file is larger than 1048576 bytes"
 
 
-def test_a_word_that_is_text_in_this_kind_of_file_may_stand_plainly() -> None:
-    assert read("device: none\nempty: null", "a.yaml", text_words=("none",)).data == {"device": "none", "empty": None}
+def test_words_of_another_program_mean_what_it_means_by_them() -> None:
+    words: dict[str, bool | str | None] = {"none": "none", "no": False}
+    assert read("a: none\nb: no\nc: true\nd: 'no'\n", "f.yaml", words=words).data == {
+        "a": "none",
+        "b": False,
+        "c": True,
+        "d": "no",
+    }
     with pytest.raises(InputError, match="a plain None may mean two things"):
-        read("device: None", "a.yaml", text_words=("none",))
+        read("a: None", "f.yaml", words=words)

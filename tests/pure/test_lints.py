@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from cluster import document
 from cluster.errors import InputError
 from launcher import dskeys
 from launcher.dsconfig import DsConfig, read
-from launcher.lints import KINDS, Lint, lint_accelerate, lint_deepspeed, lint_text
+from launcher.lints import KINDS, PYYAML, Lint, lint_accelerate, lint_deepspeed, lint_text
 
 GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
 BASE: dict[str, Any] = {
@@ -395,6 +396,15 @@ def test_a_value_in_a_message_is_short_and_plain() -> None:
     assert "\x1b" not in lints(BASE | {"a\x1b[31m": 1})[0].what
 
 
+@pytest.mark.parametrize(
+    ("stage", "found"), [(2, True), (2.0, True), (True, False), ("2", False), ([], False), (None, True)]
+)
+def test_a_stage_that_is_none_is_told_once_and_judges_nothing(stage: object, found: bool) -> None:
+    told = ids(BASE | {"zero_optimization": {"stage": stage, "offload_param": {"device": "cpu"}}})
+    assert ("offload-param-below-stage-3" in told) is found
+    assert ("wrong-value" in told) is (not found or stage is None)
+
+
 def test_steps_per_print_may_be_anything_since_nobody_reads_it() -> None:
     assert ids(BASE | {"steps_per_print": "auto"}) == ["steps-per-print"]
 
@@ -709,6 +719,13 @@ def test_nvme_by_the_plugin_is_told_for_the_device_where_no_path_is_said() -> No
     assert "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH" in found[0].cure
 
 
+def test_fp8_by_msamp_is_not_for_stage_3() -> None:
+    at_3 = YAML.replace("zero_stage: 2", "zero_stage: 3\n  zero3_save_16bit_model: true").replace("bf16", "fp8")
+    found = lint_text(at_3 + "fp8_config:\n  backend: MSAMP\n", name="a.yaml")
+    assert [in_yaml(lint) for lint in found] == [("msamp-at-stage-3", "15:3", "fp8_config.backend is MSAMP")]
+    assert lint_text(at_3 + "fp8_config:\n  backend: TE\n", name="a.yaml") == ()
+
+
 def test_nvme_below_stage_3_is_told_as_in_a_file() -> None:
     found = {lint.id for lint in changed("", "  offload_optimizer_device: nvme\n")}
     assert found == {"yaml-nvme-path", "nvme-below-stage-3", "optimizer-replaced"}
@@ -834,8 +851,9 @@ def test_what_stands_in_a_file_says_what_it_is(text: str, of: str) -> None:
     assert of in {lint.id for lint in lint_text(text, name="file")}
 
 
-def test_an_unquoted_no_is_refused_with_its_place() -> None:
-    with pytest.raises(InputError) as refused:
-        lint_text(YAML.replace("bf16", "no"), name="a.yaml")
-    assert (refused.value.where, refused.value.exit_code) == ("a.yaml:3:18", 2)
-    assert 'write true, false, null, or "no" in quotes' in str(refused.value)
+def test_words_are_what_accelerate_takes_them_for() -> None:
+    (lint,) = lint_text(YAML.replace("bf16", "no"), name="a.yaml")
+    assert in_yaml(lint) == ("precision-unquoted", "3:1", "mixed_precision is false")
+    text = YAML + "  offload_optimizer_device: none\n  offload_param_device: none\n  zero3_init_flag: No\n"
+    assert lint_text(text, name="a.yaml") == ()
+    assert {word: yaml.safe_load(word) for word in PYYAML} == PYYAML
