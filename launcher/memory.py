@@ -277,9 +277,7 @@ def _answer(asked: Rung, chosen: Verdict | None, verdict: Verdict) -> str:
         return f"{asked.name}, as asked for, does not fit: {_lacks(verdict)}"
     if chosen is None or chosen.weight.rung == asked or asked not in LADDER:
         return ""
-    if LADDER.index(chosen.weight.rung) < LADDER.index(asked):
-        return f"{asked.name}, as asked for, is more than is needed: {chosen.weight.rung.name} fits, and is faster"
-    return ""
+    return f"{asked.name}, as asked for, is more than is needed: {chosen.weight.rung.name} fits, and is faster"
 
 
 def judge(rung: Rung, model: Model, recipe: Recipe, cluster: Cluster) -> Verdict:

@@ -81,7 +81,7 @@ class Configuration:
             "stage": rung.stage,
             "offload": offload,
             "processes": PROCESSES,
-            "steps": 2,
+            "steps": 3,  # DDP arranges its buckets anew in the second, ZeRO-3 prefetches from the second on
         }
 
 

@@ -72,7 +72,9 @@ print("peak", torch.cuda.max_memory_allocated())
 
 
 def answer(argv: list[str], **options: Any) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, **options)
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        argv, capture_output=True, text=True, check=False, **options
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return str(done.stdout)
 

@@ -305,6 +305,12 @@ def test_offload_moves_the_states_to_the_host() -> None:
     }
 
 
+def test_each_sub_group_has_gradients_of_its_own_on_the_host() -> None:
+    weight = weighed(Rung(stage=3, optimizer_on="cpu"), dataclasses.replace(SMALL, sub_group_size=500))
+    # 500 and 303 elements: 2000 and 1212 bytes, pinned; and 3212 as they came.
+    assert parts(weight, "cpu")["gradients"] == 2048 + 2048 + 4096
+
+
 def test_offload_to_nvme_leaves_buffers_on_the_host() -> None:
     weight = weighed(Rung(stage=3, optimizer_on="nvme", params_on="nvme"), dataclasses.replace(SMALL, precision="bf16"))
     assert parts(weight, "nvme") == {
