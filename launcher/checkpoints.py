@@ -137,7 +137,12 @@ def choose(
             names = ", ".join(posixpath.basename(one.unit) for one in named[-8:])
             raise InputError(f"there is no checkpoint {tag!r}", next_step=f"the newest are: {names}")
         return in_full(at, meant[-1], read=read), ()
-    latest = {posixpath.dirname(one.unit): listing.latest for one in named for listing in one.parts if listing.latest}
+    latest = {
+        posixpath.dirname(one.unit): listing.latest
+        for one in named
+        for listing in one.parts
+        if listing.latest is not None
+    }
     known = {one.unit: one for one in named if not one.is_universal}
     while True:
         candidates = [
