@@ -137,7 +137,12 @@ def choose(
             names = ", ".join(posixpath.basename(one.unit) for one in named[-8:])
             raise InputError(f"there is no checkpoint {tag!r}", next_step=f"the newest are: {names}")
         return in_full(at, meant[-1], read=read), ()
-    latest = {posixpath.dirname(one.unit): listing.latest for one in named for listing in one.parts if listing.latest}
+    latest = {
+        posixpath.dirname(one.unit): listing.latest
+        for one in named
+        for listing in one.parts
+        if listing.latest is not None
+    }
     known = {one.unit: one for one in named if not one.is_universal}
     while True:
         candidates = [
@@ -288,9 +293,10 @@ def _seal(at: Sequence[Place], full: Kept, *, clock: Callable[[], float]) -> tup
     if not silent or any(flaw.kind != "unsealed" and shards.is_fatal(flaw) for flaw in full.flaws):
         return full, ()
     by_name = {place.name: place for place in at}
+    run = next((one.run for one in shards.manifests_of(full.parts)), None)
     made = {}
     for listing in silent:
-        manifest = shards.late_manifest(listing, world_size=full.world_size, made=clock())
+        manifest = shards.late_manifest(listing, world_size=full.world_size, made=clock(), run=run)
         text = shards.write_manifest(manifest)
         carry.put_manifest(by_name[listing.place], listing.unit, node=listing.place, text=text)
         made[listing.place] = (manifest, text)

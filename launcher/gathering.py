@@ -286,6 +286,7 @@ def scatter(
     `source` is a folder here, or NODE:FOLDER below that node's checkpoints folder, as `gather` names them.
     """
     began = clock()
+    choose_machines(now, to)  # refuses a name that is none
     at = places(now)
     holder, folder = _source(at, source)
     listing = whole_at(holder, folder)
@@ -294,7 +295,6 @@ def scatter(
     unit = manifests[0].unit
     goal = f"{shards.GATHERED}/{unit}"
     targets = [place for place in at if place.name in (to or [one.name for one in at])]
-    choose_machines(now, to)  # refuses a name that is none
     rest = [place for place in targets if not is_there(place, goal, wanted)]
     sent = dict.fromkeys((place.name for place in targets), 0)
     universal_ = shards.is_universal(listing)

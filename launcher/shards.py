@@ -134,10 +134,14 @@ class Flaw:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a unit is made, read from the names of its files: the ZeRO stage (None: no DeepSpeed), the degrees."""
+    """How a unit is made, read from the names of its files: the ZeRO stage (None: no DeepSpeed), the degrees.
+
+    Stages of a pipeline leave no trace in names, so the data-parallel degree is not always all by the other one.
+    """
 
     stage: int | None
     world_size: int
+    data_parallel: int
     model_parallel: int
     prefix: str  # of the optimizer's files: "" or "bf16_"
     folder: str  # in which the shards lie, "" or "pytorch_model/"
@@ -162,8 +166,8 @@ def is_shard(path: str) -> bool:
     return rank_of(path) is not None or bool(_MODEL.fullmatch(posixpath.basename(path)))
 
 
-def read_layout(paths: Iterable[str], *, world_size: int | None = None) -> Layout:
-    """How a unit with these files is made; without a `world_size` the highest rank that is there tells it."""
+def read_layout(paths: Iterable[str], *, world_size: int | None = None, data_parallel: int | None = None) -> Layout:
+    """How a unit with these files is made; what is not known of it the highest rank that is there tells."""
     names = sorted(paths)
     optim = [match for path in names if (match := _OPTIM.fullmatch(posixpath.basename(path)))]
     third = [match for path in names if (match := _MODEL_3.fullmatch(posixpath.basename(path)))]
@@ -177,9 +181,11 @@ def read_layout(paths: Iterable[str], *, world_size: int | None = None) -> Layou
     parallel = max(degrees, default=0) + 1
     ranks = [rank for path in names if (rank := rank_of(path)) is not None]
     stage = 3 if third else 1 if optim else 0 if model else None
+    world = world_size or (data_parallel * parallel if data_parallel else max(ranks, default=0) + 1)
     return Layout(
         stage=stage,
-        world_size=world_size or (max(ranks, default=0) + 1),
+        world_size=world,
+        data_parallel=data_parallel or world // parallel,
         model_parallel=parallel,
         prefix="bf16_" if sum(bool(match[1]) for match in optim) * 2 > len(optim) else "",
         folder=f"{folder}/" if folder else "",
@@ -203,7 +209,7 @@ def _needed_shards(layout: Layout) -> Iterator[str]:
     for model in range(layout.model_parallel):
         if layout.stage != 3:  # noqa: PLR2004 - ZeRO-3
             yield f"{layout.folder}mp_rank_{model:02d}_model_states.pt"
-        for rank in range(layout.world_size // layout.model_parallel):
+        for rank in range(layout.data_parallel):
             which = f"zero_pp_rank_{rank}_mp_rank_{model:02d}"
             if layout.stage == 3:  # noqa: PLR2004
                 yield f"{layout.folder}{which}_model_states.pt"
@@ -548,7 +554,11 @@ def _absent(manifests: Sequence[Manifest], listings: Sequence[Listing]) -> Itera
         return
     paths = {part.path for one in listings for part in one.parts}
     said = {part.path for one in manifests for part in one.parts}
-    layout = read_layout(paths | said, world_size=_world_size(manifests, listings))
+    layout = read_layout(
+        paths | said,
+        world_size=manifests[0].world_size if manifests else None,
+        data_parallel=_told_world(manifests, listings),
+    )
     nodes = {rank: one.node for one in manifests for rank in one.ranks}
     for path in required(layout, paths | said):
         if path in paths or path in said:
@@ -565,17 +575,6 @@ def _needed_by(layout: Layout) -> str:
 
 def _stage_name(stage: int) -> str:
     return "1 or 2" if stage == 1 else str(stage)
-
-
-def _world_size(manifests: Sequence[Manifest], listings: Sequence[Listing]) -> int | None:
-    """How many processes wrote it: as the nodes said, else as the files themselves tell."""
-    if manifests:
-        return manifests[0].world_size
-    told = Counter(part.world for one in listings for part in one.parts if part.world)
-    if not told:
-        return None
-    parallel = read_layout(part.path for one in listings for part in one.parts).model_parallel
-    return told.most_common(1)[0][0] * parallel
 
 
 def _other_steps(manifests: Sequence[Manifest], listings: Sequence[Listing]) -> Iterator[Flaw]:
@@ -597,13 +596,18 @@ def _other_steps(manifests: Sequence[Manifest], listings: Sequence[Listing]) -> 
             if part.step != usual:
                 what = f"it is of step {part.step}; the others are of step {usual}"
                 yield Flaw(kind="mixed", place=place, path=part.path, what=what)
-    world = _world_size(manifests, listings)
-    parallel = read_layout(part.path for one in listings for part in one.parts).model_parallel
+    usual = _told_world(manifests, listings)
     for one in listings:
         for part in one.parts:
-            if part.world is not None and world is not None and part.world * parallel != world:
-                what = f"it is of a run with {part.world * parallel} processes; this one had {world}"
+            if part.world not in (None, usual):
+                what = f"it is of a run with {part.world} data-parallel processes; this one had {usual}"
                 yield Flaw(kind="foreign", place=one.place, path=part.path, what=what)
+
+
+def _told_world(manifests: Sequence[Manifest], listings: Sequence[Listing]) -> int | None:
+    """The number of data-parallel processes, as most files tell it, or told it once."""
+    said = [part.world for manifest in manifests for part in manifest.parts]
+    return _most([*said, *(part.world for listing in listings for part in listing.parts)])
 
 
 def _most(values: Iterable[int | None]) -> int | None:

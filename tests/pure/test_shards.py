@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def test_model_parallel_degrees_share_the_world() -> None:
     )
 
 
+def test_what_the_files_tell_of_the_data_parallel_degree_wins() -> None:
+    """Two stages of a pipeline: four processes, of which two hold shards of the same names' kind each."""
+    names = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+    layout = shards.read_layout(names, world_size=4, data_parallel=2)
+    assert shards.required(layout, names) == ("mp_rank_00_model_states.pt", *names)
+    assert shards.read_layout(names, data_parallel=3).world_size == 3
+
+
 def test_a_file_has_a_rank_by_its_name() -> None:
     assert shards.rank_of("x/offloaded_tensors/rank07/a.swp") == 7
     assert shards.rank_of("bf16_zero_pp_rank_12_mp_rank_00_optim_states.pt") == 12
@@ -98,8 +107,26 @@ def test_a_whole_copy_has_no_flaw(cluster: kept.Cluster, tmp_path: Path) -> None
     for node in cluster.names:
         shutil.copytree(cluster.of(node) / UNIT, copy / "gathered" / UNIT, dirs_exist_ok=True)
     (one,) = kept.look(copy, "gpu-09", f"gathered/{UNIT}")
-    assert shards.judge(one.manifests, (one,)) == ()
+    assert shards.judge_copy(one) == ()
     assert one.modified > 0
+
+
+def test_a_universal_checkpoint_is_what_it_was_when_it_was_made(tmp_path: Path) -> None:
+    unit = f"gathered/{UNIT}-universal"
+    for name in ("zero/weight/fp32.pt", "zero/bias/fp32.pt", "mp_rank_00_model_states.pt"):
+        file = tmp_path / unit / "pytorch_model" / name
+        kept.torch_file(file, {"global_steps": 4, "dp_world_size": 4}, size=99, dice=random.Random(name))  # noqa: S311
+    (one,) = kept.look(tmp_path, "gpu-01", unit, whole=True)
+    assert shards.is_universal(one)
+    made = shards.late_manifest(one, world_size=4, made=1.0, run=kept.RUN, ranks=range(4))
+    (tmp_path / unit / shards.manifest_name("gpu-01")).write_text(shards.write_manifest(made))
+    (again,) = kept.look(tmp_path, "gpu-01", unit)
+    assert shards.judge_copy(again) == ()
+    (tmp_path / unit / "pytorch_model/zero/bias/fp32.pt").unlink()
+    (again,) = kept.look(tmp_path, "gpu-01", unit)
+    assert [(flaw.kind, flaw.path) for flaw in shards.judge_copy(again)] == [
+        ("missing", "pytorch_model/zero/bias/fp32.pt")
+    ]
 
 
 def test_nodes_that_share_a_folder_are_not_foreign_to_each_other(tmp_path: Path) -> None:
@@ -158,7 +185,7 @@ def test_a_shard_of_a_larger_run_is_foreign(zero3: kept.Cluster) -> None:
             kind="foreign",
             place=node,
             path=Z3.format(0, "model"),
-            what="it is of a run with 8 processes; this one had 4",
+            what="it is of a run with 8 data-parallel processes; this one had 4",
         )
         in flaws
     )
