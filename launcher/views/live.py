@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
@@ -80,12 +80,13 @@ class LogView:
 class Teller:
     """The voice on standard error: a line for what is done; bars for what takes long, or a line now and then."""
 
-    def __init__(self, out: TextIO = sys.stderr) -> None:
+    def __init__(self, out: TextIO = sys.stderr, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._out = out
+        self._clock = clock
         self._moving = out.isatty()
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._last = 0.0
+        self._last = -EVERY
         self._began: dict[str, tuple[float, int]] = {}  # when a node's first bytes were told, and how many
         self._shown: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -108,7 +109,7 @@ class Teller:
 
     def shipping(self, node: str, taken: int, total: int) -> None:
         """How many bytes of the image a node has taken, of about how many."""
-        now = time.monotonic()
+        now = self._clock()
         began, first = self._began.setdefault(node, (now, taken))
         left = seconds_left(taken, total, since_first=taken - first, seconds=now - began)
         shown = f"{taken / 1e6:.0f}/{total / 1e6:.0f} MB"
@@ -140,8 +141,8 @@ class Teller:
         with self._lock:
             if self._moving:
                 self._move(name, text[:60], done=done, total=total, shown=shown)
-            elif time.monotonic() - self._last >= EVERY:
-                self._last = time.monotonic()
+            elif (now := self._clock()) - self._last >= EVERY:
+                self._last = now
                 self._out.write(f"  {name} {shown}".rstrip() + f" {text[:100]}".rstrip() + "\n")
                 self._out.flush()
 

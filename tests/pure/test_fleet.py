@@ -81,6 +81,15 @@ def test_all_errors_are_told_as_one_and_a_common_cure_once() -> None:
     ]
 
 
+def test_a_later_answer_of_a_node_counts_instead() -> None:
+    lost, full = UnreachableError("b", "no answer"), CommandError("c", "no room")
+    first: Answers[int] = Answers(good={"a": 1, "d": 4}, bad={"b": lost, "c": full})
+    assert first.then(Answers(good={"c": 3}, bad={"d": lost})) == Answers(
+        good={"a": 1, "c": 3}, bad={"b": lost, "d": lost}
+    )
+    assert first.then(Answers()) == first
+
+
 def test_where_nothing_is_bad_the_answers_are_given() -> None:
     assert Answers(good={"gpu-01": 1}).all_or_raise() == {"gpu-01": 1}
 

@@ -19,8 +19,13 @@ from launcher.image import (
     build_arguments,
     choose_wheels,
     context_folder,
+    explain,
     fingerprint,
+    labels,
     load_context,
+    make_entry,
+    parts,
+    read_parts,
     read_pins,
     read_progress,
     tag,
@@ -217,3 +222,37 @@ def test_the_builders_messages_become_progress() -> None:
 def test_the_base_is_named_after_the_script_that_makes_it() -> None:
     assert base_tag(b"one") == base_tag(b"one") != base_tag(b"two")
     assert base_tag(b"one", suite="trixie").startswith("launcher/base:trixie-")
+
+
+class TestWhy:
+    """A changed fingerprint is explained by what it was made of."""
+
+    def test_the_labels_tell_the_parts(self) -> None:
+        entries = (make_entry("Dockerfile", b"FROM scratch"), make_entry("apt.sh", b""))
+        told = parts(entries, {"BASE": "debian:bookworm-slim"})
+        assert told == {
+            "format": "1",
+            "argument BASE": "debian:bookworm-slim",
+            "file Dockerfile": entries[0].digest[:16],
+            "file apt.sh": entries[1].digest[:16],
+        }
+        assert read_parts(labels("cpu", "0" * 64, told)) == told
+
+    @pytest.mark.parametrize("label", [{}, {"launcher.parts": "torn {"}, {"launcher.parts": "[]"}])
+    def test_labels_that_tell_nothing_are_none(self, label: dict[str, str]) -> None:
+        assert read_parts(label) is None
+
+    def test_the_same_parts_need_no_explanation(self) -> None:
+        assert explain({"format": "1"}, {"format": "1"}) == ()
+
+    def test_every_part_that_differs_is_one_line(self) -> None:
+        before = {"format": "1", "argument BASE": "a", "argument OLD": "x", "file gone": "1", "file same": "2"}
+        after = {"format": "2", "argument BASE": "b", "argument NEW": "y", "file new": "3", "file same": "2"}
+        assert explain(before, after) == (
+            "argument BASE: changed (a -> b)",
+            "argument NEW: added (y)",
+            "argument OLD: removed (x)",
+            "file gone: removed",
+            "file new: added",
+            "format: changed",
+        )

@@ -10,7 +10,16 @@ import pytest
 from cluster.errors import InputError
 from launcher.checks import Finding
 from launcher.image import Progress
-from launcher.views.live import COLOURS, LogView, Teller, paint, read_since, sanitize, split_record
+from launcher.views.live import (
+    COLOURS,
+    LogView,
+    Teller,
+    paint,
+    read_since,
+    sanitize,
+    seconds_left,
+    split_record,
+)
 
 
 class Terminal(io.StringIO):
@@ -231,6 +240,31 @@ def test_without_a_terminal_what_takes_long_is_a_line_now_and_then() -> None:
     teller.shipping("gpu-02", 6_000_000, 12_000_000)
     teller.done()
     assert out.getvalue() == "  gpu-02 5/12 MB\n"
+
+
+def test_without_a_terminal_all_nodes_are_told_of_in_one_line() -> None:
+    out, now = io.StringIO(), [100.0]
+    teller = Teller(out, clock=lambda: now[0])
+    teller.shipping("gpu-01", 0, 12_000_000)
+    teller.shipping("gpu-02", 0, 12_000_000)
+    now[0] = 110.0
+    teller.shipping("gpu-01", 4_000_000, 12_000_000)
+    teller.done()
+    assert out.getvalue() == "  gpu-01 0/12 MB\n  gpu-01 4/12 MB, 20 s left; gpu-02 0/12 MB\n"
+
+
+@pytest.mark.parametrize(
+    ("taken", "since", "seconds", "left"),
+    [
+        (50, 50, 10.0, 10.0),
+        (75, 25, 10.0, 10.0),  # it began with 50
+        (100, 100, 10.0, None),
+        (50, 0, 10.0, None),
+        (50, 50, 0.0, None),
+    ],
+)
+def test_what_is_left_takes_as_long_as_what_came(taken: int, since: int, seconds: float, left: float | None) -> None:
+    assert seconds_left(taken, 100, since_first=since, seconds=seconds) == left
 
 
 def test_a_bar_goes_when_its_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
