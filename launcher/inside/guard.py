@@ -299,7 +299,7 @@ class Guard(Gang):
             return
         address, port = self._addresses[self._rank]
         try:
-            self._key = bytes.fromhex(Path(run["files"], "guard.key").read_text(encoding="ascii").strip())
+            self._key = _load_key(Path(run["files"], "guard.key"))
             self._socket = _listen(address, port)
         except (OSError, ValueError, OverflowError) as error:
             say(f"launcher: this node is not guarded: cannot listen on {address} port {port} (UDP): {error}")
@@ -369,6 +369,13 @@ class Guard(Gang):
                     ours.sendto(data, self._addresses[rank])
                     break
         self._take_refusals(ours)
+
+
+def _load_key(path: Path) -> bytes:
+    key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    if len(key) < SIGNATURE:
+        raise ValueError(f"{path} holds no key of {SIGNATURE} bytes")
+    return key
 
 
 def _as_the_kernel(address: str) -> str:

@@ -299,6 +299,14 @@ def test_s21_a_node_with_another_key_is_not_heard(make_gang: MakeGang) -> None:
     assert gang.benches[0].agents[0].poll() is None
 
 
+@pytest.mark.parametrize("key", ["\n", "ab" * 16, "no key at all"])
+def test_s21_without_a_whole_key_nothing_is_listened_to(make_gang: MakeGang, key: str) -> None:
+    gang = make_gang(nodes=2)
+    gang.start(0, "print('done')", key=key)
+    (ended,) = gang.end(0)
+    assert (ended.status, "this node is not guarded" in ended.said("-")[0]) == (0, True)
+
+
 def test_s10_the_key_is_in_no_argument_environment_log_or_report(make_gang: MakeGang) -> None:
     gang = make_gang(nodes=2)
     gang.start_all(SLEEP)
