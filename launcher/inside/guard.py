@@ -33,7 +33,8 @@ from typing import Any
 
 MISSED = 3  # beats without a word before a node is called silent; and refusals before it is taken for gone
 URGENT = 0.2  # seconds between two tellings of news that the other one has not confirmed
-GOODBYE = 2.0  # seconds for the others to confirm that all went well here, or that we were told to stop
+HURRY = 2.0  # seconds for all goodbyes when we are told to stop
+FAREWELL = 30.0  # seconds for the others to confirm that all went well here: else they would miss us, and end badly
 GATHERING = 8.0  # seconds beyond the job's grace for the others to end and to say how
 ARRIVAL = 10.0  # seconds from our start within which the others may still be starting
 UNMET = 60.0  # seconds after which it is told that a node was never heard
@@ -192,7 +193,7 @@ class Gang:
 
     def _lost(self, peer: Peer, now: float) -> str:
         if peer.refused >= MISSED:
-            return "lost: its agent is gone, its machine is not"
+            return "lost: its agent is gone, though the machine answers"
         silent = now - (peer.heard or now)
         return f"lost: silent for {silent:.0f} s on the training network" if silent >= self._grace else ""
 
@@ -244,9 +245,10 @@ class Gang:
     def _is_done(self, peer: Peer) -> bool:
         if peer.heard is None:
             return False
-        if peer.silent or (peer.state == ENDED and peer.refused):
+        well = self._report["code"] == 0
+        if (peer.silent and not well) or peer.refused >= (1 if peer.state == ENDED else MISSED):
             return True
-        return peer.knows >= self._news and (peer.state == ENDED or self._report["code"] == 0)
+        return peer.knows >= self._news and (well or peer.state == ENDED)
 
     def others(self, *, now: float, wall: float) -> list[dict[str, Any]]:
         """What is known of the other nodes, with times by our clock: what they said, or that they are gone."""
@@ -289,10 +291,7 @@ class Guard(Gang):
         super().__init__(run, now=time.monotonic(), say=say)
         peers = run["guard"]["peers"]
         self._grace_of_job = float(run["stop_grace"])
-        # As the kernel writes them: by its address a refusal is told from whom it came.
-        self._addresses = {
-            rank: (str(ipaddress.ip_address(one["address"])), int(one["port"])) for rank, one in enumerate(peers)
-        }
+        self._addresses = {rank: (_as_the_kernel(one["address"]), int(one["port"])) for rank, one in enumerate(peers)}
         self._ranks = {address: rank for rank, address in self._addresses.items()}
         self._key = b""
         self._socket: socket.socket | None = None
@@ -300,7 +299,7 @@ class Guard(Gang):
             return
         address, port = self._addresses[self._rank]
         try:
-            self._key = bytes.fromhex(Path(run["files"], "guard.key").read_text(encoding="ascii").strip())
+            self._key = _load_key(Path(run["files"], "guard.key"))
             self._socket = _listen(address, port)
         except (OSError, ValueError, OverflowError) as error:
             say(f"launcher: this node is not guarded: cannot listen on {address} port {port} (UDP): {error}")
@@ -330,10 +329,10 @@ class Guard(Gang):
         if self._socket is None:
             return
         began = time.monotonic()
-        gathering = self._grace_of_job + GATHERING
+        patience = FAREWELL if report["code"] == 0 else self._grace_of_job + GATHERING
         self.turn()
         while not self.is_told(time.monotonic()):
-            if time.monotonic() - began > (GOODBYE if report["code"] == 0 or hurry() else gathering):
+            if time.monotonic() - began > (HURRY if hurry() else patience):
                 return
             select.select([self._socket], [], [], URGENT / 2)
             self.turn()
@@ -370,6 +369,18 @@ class Guard(Gang):
                     ours.sendto(data, self._addresses[rank])
                     break
         self._take_refusals(ours)
+
+
+def _load_key(path: Path) -> bytes:
+    key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    if len(key) < SIGNATURE:
+        raise ValueError(f"{path} holds no key of {SIGNATURE} bytes")
+    return key
+
+
+def _as_the_kernel(address: str) -> str:
+    """An address as the kernel writes it: by it we see whose a refusal is."""
+    return str(ipaddress.ip_address(address))
 
 
 def _listen(address: str, port: int) -> socket.socket:

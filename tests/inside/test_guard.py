@@ -208,7 +208,9 @@ def test_f27_a_node_whose_agent_is_killed_is_missed_at_once(make_gang: MakeGang)
     gang.signal_node(2, signal.SIGKILL)
     ends = gang.end(0, 1)
     assert seconds(ends, since=begun) < 5
-    assert [one.exit["cause"] for one in ends] == ["node node-c: lost: its agent is gone, its machine is not"] * 2
+    assert [one.exit["cause"] for one in ends] == [
+        "node node-c: lost: its agent is gone, though the machine answers"
+    ] * 2
 
 
 def test_f27_a_node_that_is_gone_for_good_ends_the_others_after_the_grace(make_gang: MakeGang) -> None:
@@ -295,6 +297,14 @@ def test_s21_a_node_with_another_key_is_not_heard(make_gang: MakeGang) -> None:
     gang.end(1)
     time.sleep(1)
     assert gang.benches[0].agents[0].poll() is None
+
+
+@pytest.mark.parametrize("key", ["\n", "ab" * 16, "no key at all"])
+def test_s21_without_a_whole_key_nothing_is_listened_to(make_gang: MakeGang, key: str) -> None:
+    gang = make_gang(nodes=2)
+    gang.start(0, "print('done')", key=key)
+    (ended,) = gang.end(0)
+    assert (ended.status, "this node is not guarded" in ended.said("-")[0]) == (0, True)
 
 
 def test_s10_the_key_is_in_no_argument_environment_log_or_report(make_gang: MakeGang) -> None:

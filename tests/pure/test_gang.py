@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.inside.guard import ENDED, ENDING, GOODBYE, SHORT, UP, Gang, seal, unseal
+from launcher.inside.guard import ENDED, ENDING, SHORT, UP, Gang, seal, unseal
 
 NAMES = ("a", "b", "c")
 TICK = 0.2
@@ -154,7 +154,26 @@ class TestTheEndOfOne:
         world.pass_time(TICK)
         world.closed = {2}
         world.end(0, code=1)
-        world.pass_time(GOODBYE)
+        world.pass_time(2)
+        assert world.gangs[0].is_told(world.now)
+
+    def test_who_ended_well_waits_for_the_silent_lest_they_miss_it(self) -> None:
+        world = World()
+        world.pass_time(10)
+        world.frozen = {1}
+        world.end(0, code=0)
+        world.pass_time(20)
+        assert not world.gangs[0].is_told(world.now)
+        world.frozen = set()
+        world.pass_time(1)
+        assert world.gangs[0].is_told(world.now)
+
+    def test_who_ended_well_does_not_wait_for_who_is_gone(self) -> None:
+        world = World()
+        world.pass_time(10)
+        world.closed = {1}
+        world.end(0, code=0)
+        world.pass_time(7)
         assert world.gangs[0].is_told(world.now)
 
     def test_who_may_still_be_starting_is_waited_for_a_while_after_a_bad_end(self) -> None:
@@ -209,7 +228,9 @@ class TestSilence:
         world.pass_time(10)
         world.closed = {1}
         world.pass_time(8)
-        assert world.verdicts()[0] == world.verdicts()[2] == "node b: lost: its agent is gone, its machine is not"
+        assert (
+            world.verdicts()[0] == world.verdicts()[2] == "node b: lost: its agent is gone, though the machine answers"
+        )
 
     def test_a_port_that_is_not_open_yet_is_nothing(self) -> None:
         world = World()

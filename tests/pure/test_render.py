@@ -261,6 +261,27 @@ def test_a_secret_is_in_no_file_and_no_container_but_by_its_name() -> None:
     assert render.run_container(plan_of(TRAIN), plan.nodes[0]).secrets_dir is None
 
 
+def test_the_guards_meet_at_the_training_addresses_and_never_twice_at_one_port() -> None:
+    plan = plan_of(replace(TRAIN, hang_timeout=600))
+    assert render.guard_settings(plan) == {
+        "peers": [{"node": f"gpu-0{n}", "address": f"10.0.0.1{n}", "port": 29500} for n in (1, 2, 3)],
+        "beat": 2.0,
+        "grace": 60.0,
+        "hang_timeout": 600,
+    }
+    here = replace(plan, nodes=tuple(replace(node, address="127.0.0.1") for node in plan.nodes))
+    peers = json.loads(json.dumps(render.guard_settings(here)))["peers"]
+    assert [one["port"] for one in peers] == [29500, 29501, 29502]
+
+
+def test_what_is_started_again_finds_what_the_first_attempt_had_saved() -> None:
+    plan = plan_of(TRAIN)
+    again = plan_of(replace(TRAIN, resumes="run-0", restart=2))
+    names = ("LAUNCHER_RUN", "LAUNCHER_RESTART")
+    said = [[render.environment(one, one.nodes[0]).get(name) for name in names] for one in (plan, again)]
+    assert said == [["run-1", None], ["run-0", "2"]]
+
+
 def test_the_code_and_the_files_are_read_only_and_the_log_is_not() -> None:
     plan = plan_of(TRAIN)
     root = "/home/ml/.launcher/lab/gpu-01"
