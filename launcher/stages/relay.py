@@ -4,7 +4,7 @@ The first node of the chain is fed from here, every other one fetches from the o
 nodes the bytes go over an sshd that each node runs for this one transfer, as its own user: it shows a key that was
 made a moment ago and pinned by us, lets in the keys that the other nodes made a moment ago, and those can read this
 one file and do nothing else. The keys lie in memory, never travel, and are worth nothing once that sshd has ended,
-which is when our connection to the node does. Nobody's authorized_keys is touched. See docs/decisions/012.
+which is when our connection to the node does. Nobody's authorized_keys is touched. See docs/decisions/010.
 
 A node that goes is routed around: who fetched from it goes on from the one before, at the byte where it was. What a
 node has of an archive stays when the transfer breaks, so the next one goes on there.
