@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -214,6 +215,31 @@ class TestSimulation:
     )
     def test_what_cannot_be_run_is_told(self, fields: dict[str, Any], error: str) -> None:
         assert simulation(config=None, **fields)["error"].startswith(error)
+
+
+def test_the_command_simulates_where_its_own_python_has_torch(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(CODE)
+    words = ["plan", "--model-from", "model.py:make", "--gpu-memory", "1g", "--sequence", "64", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher.cli", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    model = json.loads(done.stdout)["model"]
+    assert (model["parameters"], model["simulated"]) == (12_900, True)
+    refused = subprocess.run(
+        [sys.executable, "-m", "launcher.cli", *words[:2], "model.py:lost", *words[3:]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "model.py: this model cannot be simulated: lost() gives a int" in refused.stderr
 
 
 # Real runs

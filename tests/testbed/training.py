@@ -2,12 +2,12 @@
 
     python -m tests.testbed.training <settings.jsonl >measured.jsonl
 
-One line in, one line out. Settings: {model: the question of inside/simulate.py, stage, offload, processes, steps, and
+One line in, one line out. Settings: {model: the question of inside/simulate.py, stage, offload, processes, steps,
 recipe: fields of `launcher.memory.Recipe`; cgroup and limit: a memory cgroup for all ranks, and by how many bytes it
 may grow once they are set up}; answer: a list, by rank, of {states: bytes of all tensors at rest after the steps, peak:
-the most that the process took in the steps, rest: what it takes after them, loss: by step}, or {error}. Memory is
-counted beyond what a process takes that has trained something tiny in the same way. The libraries are imported once,
-and each rank is a fork.
+the most that the process took in the steps, rest: what it takes after them, loss: by step}, or {error}. With {simulate:
+question} alone inside/simulate.py answers. Memory is counted beyond what a process takes that has trained something
+tiny in the same way. The libraries are imported once, and each rank is a fork.
 
 A rank is set up as `launcher run` does on CPUs: gloo, DS_ACCELERATOR=cpu; and so that its resident memory is what it
 has allocated: no transparent huge pages, and (by environment, see `start`) a malloc that gives back what is freed.
@@ -83,7 +83,8 @@ def main() -> None:
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
-    import deepspeed
+    import deepspeed.module_inject.auto_ep_layer
+    import deepspeed.runtime.zero.muon.muon_optimizer
     import torch
     import transformers
 
@@ -93,7 +94,8 @@ def main() -> None:
     forgo_unbuilt_comm()
     torch.set_num_threads(1)
     del deepspeed, transformers
-    simulate.build({"config": SMALL})
+    for small in (SMALL, LLAMA):  # transformers imports a model when it is first built
+        simulate.build({"config": small})
     for line in sys.stdin:
         said.write(json.dumps(measure(json.loads(line))) + "\n")
         said.flush()
@@ -108,9 +110,22 @@ SMALL = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]} | {
 }
 
 
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
+
+
 def measure(settings: dict[str, Any]) -> Any:
     """Every rank in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
+        if "simulate" in settings:
+            return simulated(settings["simulate"], Path(folder, "said"))
         ranks = []
         for rank in range(settings["processes"]):
             child = os.fork()
@@ -123,6 +138,18 @@ def measure(settings: dict[str, Any]) -> Any:
             killed = min(codes) == -signal.SIGKILL and "killed: out of memory"
             return {"error": killed or (notes[0] if notes else f"ended with {codes}")}
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(settings["processes"])]
+
+
+def simulated(question: dict[str, Any], said: Path) -> Any:
+    """What inside/simulate.py answers, here, where everything is imported already."""
+    child = os.fork()
+    if child == 0:
+        from launcher.inside import simulate
+
+        said.write_text(json.dumps(simulate.answer(question)))
+        os._exit(0)
+    os.waitpid(child, 0)
+    return json.loads(said.read_text())
 
 
 def wait(ranks: list[int]) -> list[int]:
