@@ -17,7 +17,7 @@ from typing import BinaryIO
 from cluster.command import Command, Result
 from cluster.container import Container, ContainerSpec, ContainerState
 from cluster.errors import EngineError, ImageError, LockedError, NodeError, UnreachableError
-from cluster.layers import Held
+from cluster.layers import Held, Store
 from cluster.transport import Channel, Sink
 
 KILLED, TERMINATED = 137, 143
@@ -162,8 +162,8 @@ class MemoryEngine:
         self.faults.meet("held")
         return tuple(found for digest in tuple(self.images) if (found := self.image(digest)))
 
-    def takes_parts(self) -> bool:
-        return False
+    def store(self) -> Store:
+        return "other"
 
     def push(self, image: str, *, reference: str, user: str, secret: str) -> None:  # noqa: ARG002 - the seam's
         self.faults.meet("push")
