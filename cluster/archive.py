@@ -89,6 +89,11 @@ def compose(config: bytes, layers: Sequence[str], files: Sequence[Path | None], 
     return Archive(pieces=(*pieces, _END), sizes=(*sizes, len(_END)))
 
 
+def file_archive(path: Path) -> Archive:
+    """An archive that is a file already."""
+    return Archive(pieces=(path,), sizes=(path.stat().st_size,))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unpacked:
     """What an archive held: the configuration (whose hash the classic store calls the image), layers, and names."""

@@ -25,7 +25,7 @@ from cluster.command import Command, Result
 from cluster.container import FOREIGN_STATES, Container, ContainerSpec, ContainerState
 from cluster.engine import engine_error
 from cluster.errors import CommandError, EngineError, ImageError, LockedError, NodeError, UnreachableError
-from cluster.layers import Held
+from cluster.layers import Held, Store
 from cluster.transport import Channel, Transport
 
 _URL = "http://docker.invalid"
@@ -211,11 +211,12 @@ class DockerEngine:
         seen = (self.image(name) for name in names)
         return tuple(one for one in seen if one)  # one may have gone meanwhile
 
-    def takes_parts(self) -> bool:
+    def store(self) -> Store:
         with self._translated("info"):
-            said = dict(map(tuple, self._client.info().get("DriverStatus") or ()))
-        # The containerd image store keeps layers as they were compressed, and wants every one that is listed.
-        return "io.containerd.snapshotter.v1" not in said.values()
+            info = self._client.info()
+        if "io.containerd.snapshotter.v1" in [value for _, value in info.get("DriverStatus") or ()]:
+            return "containerd"
+        return "other" if "BuildahVersion" in info else "classic"
 
     def push(self, image: str, *, reference: str, user: str, secret: str) -> None:
         repository, tag = reference, image.rpartition(":")[2][:12]

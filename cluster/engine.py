@@ -8,7 +8,7 @@ from typing import BinaryIO, Protocol
 from cluster.command import Command, Result
 from cluster.container import Container, ContainerSpec
 from cluster.errors import EngineError
-from cluster.layers import Held
+from cluster.layers import Held, Store
 
 
 class Engine(Protocol):
@@ -52,8 +52,8 @@ class Engine(Protocol):
     def held(self) -> tuple[Held, ...]:
         """Every image that it has."""
 
-    def takes_parts(self) -> bool:
-        """Whether `load` takes an archive that lacks layers which the engine has."""
+    def store(self) -> Store:
+        """How it keeps images, which decides what it takes and by which digest it calls it."""
 
     def push(self, image: str, *, reference: str, user: str, secret: str) -> None:
         """Send an image, layer by layer, to a registry that this engine reaches without TLS."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+# classic: Docker's own store; takes an archive that lacks layers which it has. containerd: Docker's other one; wants
+# every layer, and calls an image by the digest of its manifest instead of its configuration's. other: podman and such.
+Store = Literal["classic", "containerd", "other"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ from typing import BinaryIO
 from cluster.command import Command, Result
 from cluster.container import Container, ContainerSpec, ContainerState
 from cluster.errors import EngineError, ImageError, LockedError
-from cluster.layers import Held
+from cluster.layers import Held, Store
 
 IMAGE = "process"
 # What a job needs of the environment; their versions are the identity of the "image".
@@ -101,8 +101,8 @@ class ProcessEngine:
         found = self.image(IMAGE)
         return (found,) if found else ()
 
-    def takes_parts(self) -> bool:
-        return False
+    def store(self) -> Store:
+        return "other"
 
     def push(self, image: str, *, reference: str, user: str, secret: str) -> None:
         raise self._no_images(image, reference, user, secret)

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import tempfile
 import time
 import zlib
@@ -111,6 +112,20 @@ class Shelf:
         self._write(path, secrets.token_urlsafe(32).encode())
         return path.read_text().strip()
 
+    @contextmanager
+    def whole(self, digest: str, chunks: Iterable[bytes]) -> Iterator[Path]:
+        """An archive in a file that has the image's name, as long as the block lasts."""
+        with self._kept():
+            folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=".incoming-"))
+        try:
+            path = folder / digest.rpartition(":")[2]
+            with self._kept(), path.open("xb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+            yield path
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def forget(self, layers: Iterable[str]) -> None:
         """Drop layers."""
         for layer in layers:
@@ -134,7 +149,11 @@ class Shelf:
         gone = 0
         now = time.time()
         for path in self.folder.glob(".incoming-*"):
-            if now - _moment(path) > _DAY:
+            if now - _moment(path) <= _DAY:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)
         files = sorted(self._files(), key=lambda one: one[0], reverse=True)
         total = 0
@@ -174,13 +193,18 @@ class Shelf:
 
     @contextmanager
     def _incoming(self) -> Iterator[tuple[Path, int]]:
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._kept():
             handle, name = tempfile.mkstemp(dir=self.folder, prefix=".incoming-")
             try:
                 yield Path(name), handle
             finally:
                 Path(name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            yield
         except OSError as error:
             raise ClusterError(
                 f"image layers cannot be kept here: {error.strerror or error}",

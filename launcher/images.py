@@ -207,7 +207,7 @@ def save(shelf: Shelf, path: Path, *, name: str, progress: Callable[[int, int], 
             raise ImageError(
                 HERE, f"the image {name} is not there", next_step="launcher image build, or docker pull it"
             )
-        if held.layers and here.engine.takes_parts():
+        if held.layers and here.engine.store() == "classic":
             # So that all are on the shelf, verified.
             read_layers(here.engine, held, shelf, have=0, progress=lambda _, taken, total: progress(taken, total))
             config = shelf.config(held.id)
@@ -233,7 +233,7 @@ def load(path: Path, *, progress: Callable[[int, int], None]) -> tuple[str, tupl
         here.engine.load(_file(path, lambda done: progress(total + done, 2 * total)))
         names = found.tags or (found.digest,)
         arrived = {here.engine.image_id(one) or "nothing" for one in names}
-        if here.engine.takes_parts() and arrived != {found.digest}:
+        if here.engine.store() == "classic" and arrived != {found.digest}:
             said = ", ".join(sorted(arrived))
             raise IntegrityError(f"the engine made {said} of it, the file says {found.digest}", where=str(path))
     return arrived.pop(), found.tags

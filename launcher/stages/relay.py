@@ -68,9 +68,10 @@ def save_there(machine: Machine, road: Road, *, digest: str) -> Saved:
     """Let a node save an image that it has into its folder, so that others can fetch it."""
     name = f"saved-{digest.rpartition(':')[2][:32]}"
     said = machine.transport.send(script(SAVE, road.folder, name, digest), ())
-    if not said.ok or not said.text.strip().isdigit():
+    size = said.text.split()[-1:]  # an account's start-up files may have said something before
+    if not said.ok or not size or not size[0].isdigit():
         raise ImageError(machine.name, "the image cannot be saved there", detail=said.tail())
-    return Saved(node=machine.name, name=name, size=int(said.text))
+    return Saved(node=machine.name, name=name, size=int(size[0]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

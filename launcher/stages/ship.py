@@ -1,7 +1,7 @@
-"""Ship: nodes that lack the image get it streamed from one that has it, all at once, and verified by digest.
+"""Ship: nodes that lack the image get the layers that they lack, all at once, and verified by digest.
 
-The archive travels by digest, without a name: what was interrupted has none, and the tag is given only to the digest
-that was meant.
+An archive travels by digest, without a name: what was interrupted has none, and the tag is given only to the digest
+that was meant. Where layers cannot be told apart, the whole image is streamed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from cluster.archive import Archive, compose, unpack
+from cluster.archive import Archive, compose, file_archive, unpack
 from cluster.engine import Engine
 from cluster.errors import CommandError, ImageError, NodeError
 from cluster.fleet import Answers, Machine, each
-from cluster.layers import Held, shared
+from cluster.layers import Held, Store, shared
 from cluster.registry import USER, receiving
 from cluster.shelf import Shelf
 from launcher.delta import batches, choose_source, choose_way
@@ -50,35 +50,34 @@ def ship_image(
     """
     if not machines:
         return {}
-    name = _Names(tag=tag, digest=digest)
+    errand = _Errand(tag=tag, digest=digest, shelf=shelf, roads=roads or {}, progress=progress)
     if isinstance(source, Machine):
-        if roads:
-            return _from_node(source, machines, roads, name, progress)
-        return _stream(source.engine, machines, name, progress).all_or_raise()
+        return _from_node(source, machines, errand).all_or_raise()
     image = source.image(digest)
-    if shelf is None or image is None or not image.layers or not source.takes_parts():
-        return _stream(source, machines, name, progress).all_or_raise()
-    looked = each(machines, lambda machine: _have(machine, image))
+    if shelf is None or image is None:
+        return _stream(source, machines, errand).all_or_raise()
+    store = source.store()
+    looked = each(machines, lambda machine: _have(machine, image, store))
     answers: Answers[int] = Answers(bad=looked.bad)
     for batch in batches(looked.good):
-        archive = read_layers(source, image, shelf, have=batch.have, progress=progress)
         takers = [machine for machine in machines if machine.name in batch.nodes]
-        delivered = _deliver(archive, takers, roads or {}, name, progress)
-        refused = [one for one in takers if isinstance(delivered.bad.get(one.name), ImageError)]
-        if refused and shelf.scrub(image.layers[batch.have :]):  # it was our copy that is damaged
-            archive = read_layers(source, image, shelf, have=batch.have, progress=progress)
-            delivered = delivered.then(_deliver(archive, refused, roads or {}, name, progress))
-        answers = answers.then(delivered)
+        if store == "classic" and image.layers:
+            answers = answers.then(_send_parts(source, image, takers, shelf, errand, have=batch.have))
+        else:
+            answers = answers.then(_send_whole(source, takers, shelf, errand))
     shelf.trim(keep=image.layers)
     return answers.all_or_raise()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Names:
-    """The image that is meant, and the name that it gets when it is whole."""
+class _Errand:
+    """The image that is meant, the name that it gets when it is whole, and what there is to bring it along with."""
 
     tag: str
     digest: str
+    shelf: Shelf | None
+    roads: Mapping[str, Road]
+    progress: Progress
 
 
 def read_layers(source: Engine, image: Held, shelf: Shelf, *, have: int, progress: Progress) -> Archive:
@@ -124,47 +123,74 @@ def _told(source: Engine, image: Held, progress: Progress) -> Iterator[bytes]:
         progress(source.node, taken, max(taken, image.size))
 
 
-def _have(machine: Machine, image: Held) -> int:
-    engine = machine.engine
-    return shared(image.layers, engine.held()) if engine.takes_parts() else 0
+def _have(machine: Machine, image: Held, store: Store) -> int:
+    """How many of the image's layers are there; `ImageError` where the image would be called by another digest."""
+    its = machine.engine.store()
+    if "containerd" in (its, store) and its != store:
+        raise ImageError(
+            machine.name,
+            f"its engine's image store is {its}, that of the machine which the image comes from is {store}: "
+            "they call an image by different digests",
+            next_step="let all machines use the same store (containerd's shows in docker info as driver-type)",
+        )
+    return shared(image.layers, machine.engine.held()) if its == "classic" else 0
 
 
-def _deliver(
-    archive: Archive, machines: Sequence[Machine], roads: Mapping[str, Road], name: _Names, progress: Progress
+def _send_parts(
+    source: Engine, image: Held, machines: Sequence[Machine], shelf: Shelf, errand: _Errand, *, have: int
 ) -> Answers[int]:
+    archive = read_layers(source, image, shelf, have=have, progress=errand.progress)
+    sent = _deliver(archive, machines, errand)
+    refused = [one for one in machines if isinstance(sent.bad.get(one.name), ImageError)]
+    if not refused:
+        return sent
+    # Our copy may be damaged, or what a node had may have been removed meanwhile: that is looked at, once.
+    damaged = shelf.scrub(image.layers[have:])
+    looked = each(refused, lambda machine: _have(machine, image, "classic"))
+    now = min(looked.good.values(), default=have)
+    if not damaged and now >= have:
+        return sent
+    archive = read_layers(source, image, shelf, have=min(now, have), progress=errand.progress)
+    return sent.then(_deliver(archive, refused, errand))
+
+
+def _send_whole(source: Engine, machines: Sequence[Machine], shelf: Shelf, errand: _Errand) -> Answers[int]:
+    """As the engine saves it: what goes from node to node must first be a file."""
+    able = [machine.name for machine in machines if machine.name in errand.roads]
+    if choose_way(source.image_bytes(errand.digest), able) == "direct":
+        return _stream(source, machines, errand)
+    with shelf.whole(errand.digest, source.save(errand.digest)) as path:
+        return _deliver(file_archive(path), machines, errand)
+
+
+def _deliver(archive: Archive, machines: Sequence[Machine], errand: _Errand) -> Answers[int]:
     """The quickest way; a node that cannot keep an archive in a file is sent it straight into its engine."""
-    able = [machine for machine in machines if machine.name in roads]
+    able = [machine for machine in machines if machine.name in errand.roads]
     if choose_way(archive.size, [machine.name for machine in able]) == "direct":
-        return _direct(archive, machines, name, progress)
-    relayed = _relay(archive, able, roads, name, progress)
+        return _direct(archive, machines, errand)
+    relayed = _relay(archive, able, errand)
     left = [one for one in machines if one.name not in relayed.good and _may_try_again(relayed.bad.get(one.name))]
-    return relayed.then(_direct(archive, left, name, progress))
+    return relayed.then(_direct(archive, left, errand))
 
 
-def _from_node(
-    source: Machine, machines: Sequence[Machine], roads: Mapping[str, Road], name: _Names, progress: Progress
-) -> Mapping[str, int]:
+def _from_node(source: Machine, machines: Sequence[Machine], errand: _Errand) -> Answers[int]:
     """From a node to nodes, past this machine; what cannot go that way is streamed through it."""
+    if source.name not in errand.roads:
+        return _stream(source.engine, machines, errand)
     try:
-        archive = save_there(source, roads[source.name], digest=name.digest)
+        saved = save_there(source, errand.roads[source.name], digest=errand.digest)
     except NodeError:
-        return _stream(source.engine, machines, name, progress).all_or_raise()
-    relayed = _relay(archive, machines, roads, name, progress, source=source)
+        return _stream(source.engine, machines, errand)
+    relayed = _relay(saved, machines, errand, source=source)
     left = [one for one in machines if one.name in relayed.bad and _may_try_again(relayed.bad[one.name])]
-    return relayed.then(_stream(source.engine, left, name, progress)).all_or_raise()
+    return relayed.then(_stream(source.engine, left, errand))
 
 
 def _relay(
-    parcel: Parcel,
-    machines: Sequence[Machine],
-    roads: Mapping[str, Road],
-    name: _Names,
-    progress: Progress,
-    *,
-    source: Machine | None = None,
+    parcel: Parcel, machines: Sequence[Machine], errand: _Errand, *, source: Machine | None = None
 ) -> Answers[int]:
-    relayed = relay(parcel, machines, roads, progress, source=source)
-    settled = each([one for one in machines if one.name in relayed.good], lambda one: _settle(one, name))
+    relayed = relay(parcel, machines, errand.roads, errand.progress, source=source)
+    settled = each([one for one in machines if one.name in relayed.good], lambda one: _settle(one, errand))
     return relayed.then(Answers(bad=settled.bad))
 
 
@@ -173,7 +199,7 @@ def _may_try_again(error: NodeError | None) -> bool:
     return error is None or isinstance(error, CommandError | ImageError)
 
 
-def _direct(archive: Archive, machines: Sequence[Machine], name: _Names, progress: Progress) -> Answers[int]:
+def _direct(archive: Archive, machines: Sequence[Machine], errand: _Errand) -> Answers[int]:
     """From here to each, all at once."""
 
     def load(machine: Machine) -> int:
@@ -184,34 +210,34 @@ def _direct(archive: Archive, machines: Sequence[Machine], name: _Names, progres
             for chunk in archive.chunks():
                 taken += len(chunk)
                 yield chunk
-                progress(machine.name, taken, archive.size)
+                errand.progress(machine.name, taken, archive.size)
 
         machine.engine.load(chunks())
-        _settle(machine, name)
+        _settle(machine, errand)
         return taken
 
     return each(machines, load, width=max(1, len(machines)))
 
 
-def _settle(machine: Machine, name: _Names) -> None:
+def _settle(machine: Machine, errand: _Errand) -> None:
     """Give the image its name, if it is the one that was meant."""
-    if machine.engine.image_id(name.digest) != name.digest:
+    if machine.engine.image_id(errand.digest) != errand.digest:
         raise ImageError(
             machine.name,
-            f"the image did not arrive as {name.digest}",
+            f"the image did not arrive as {errand.digest}",
             next_step="let all nodes use the same image store (containerd's names images by another digest)",
         )
-    machine.engine.tag(name.digest, name.tag)
+    machine.engine.tag(errand.digest, errand.tag)
 
 
-def _stream(source: Engine, machines: Sequence[Machine], name: _Names, progress: Progress) -> Answers[int]:
+def _stream(source: Engine, machines: Sequence[Machine], errand: _Errand) -> Answers[int]:
     """The whole image, as the engine saves it. The source is read once, however many take it."""
     if not machines:
         return Answers()
-    total = source.image_bytes(name.digest)
+    total = source.image_bytes(errand.digest)
     pipes = {machine.name: _Pipe() for machine in machines}
     broken: list[BaseException] = []
-    threading.Thread(target=_read, args=(source, name.digest, tuple(pipes.values()), broken), daemon=True).start()
+    threading.Thread(target=_read, args=(source, errand.digest, tuple(pipes.values()), broken), daemon=True).start()
 
     def take(machine: Machine) -> int:
         pipe = pipes[machine.name]
@@ -222,13 +248,13 @@ def _stream(source: Engine, machines: Sequence[Machine], name: _Names, progress:
             for chunk in pipe:
                 taken += len(chunk)
                 yield chunk
-                progress(machine.name, taken, total)
+                errand.progress(machine.name, taken, total)
 
         try:
             machine.engine.load(chunks())
         finally:
             pipe.leave()
-        _settle(machine, name)
+        _settle(machine, errand)
         return taken
 
     # All at once, however many they are: who has not begun to take would hold the source up.

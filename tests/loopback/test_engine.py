@@ -327,7 +327,7 @@ class TestDockerHere(DockerContract):
             labels=said["Config"]["Labels"],
             created=said["Created"],
         )
-        assert engine.takes_parts() is True
+        assert engine.store() == "classic"
 
     def test_an_image_that_a_container_uses_stays_and_one_of_two_names_goes(self, engine: Engine, tiny: Tiny) -> None:
         name = f"launcher-test/removed:{tiny.mark}"

@@ -19,11 +19,14 @@ from pathlib import Path
 import pytest
 
 from cluster.archive import Archive
+from cluster.dockerd import DockerEngine
 from cluster.errors import CommandError, ImageError, NodeError, UnreachableError
 from cluster.fleet import Answers
+from cluster.layers import Store
 from cluster.shelf import Shelf
 from launcher.errors import BusyError
 from launcher.stages.relay import Road, relay, save_there
+from launcher.stages.ship import ship_image
 from tests.loopback.conftest import Site
 from tests.loopback.images import make_image, make_layer
 from tests.loopback.nodes import Dockerd, Node, nodes_of
@@ -167,6 +170,37 @@ class TestThreeNodes:
         with pytest.raises(ImageError, match="the image cannot be saved there"):
             save_there(nodes[0].machine, nodes[0].road, digest="sha256:" + "0" * 64)
         assert nodes[0].kept == []
+
+
+class TestAnImageThatIsNotTakenApart:
+    class Opaque(DockerEngine):
+        """An engine that does not say what its layers are; a large image."""
+
+        def store(self) -> Store:
+            return "other"
+
+        def image_bytes(self, name: str) -> int:  # noqa: ARG002
+            return 1 << 30
+
+    def test_goes_from_node_to_node_as_it_was_saved(self, nodes: list[Node], image: Image, tmp_path: Path) -> None:
+        first, *others = nodes
+        assert send(image.archive, [first]).bad == {}
+        source = self.Opaque(first.machine.transport)
+        shelf = Shelf(tmp_path / "shelf")
+        sent = ship_image(
+            source,
+            [node.machine for node in others],
+            tag="launcher-test/whole:1",
+            digest=image.digest,
+            progress=lambda *_: None,
+            shelf=shelf,
+            roads=_roads(nodes),
+        )
+        source.close()
+        assert sorted(sent) == ["gpu-2", "gpu-3"]
+        for node in others:
+            assert node.machine.engine.image_id("launcher-test/whole:1") == image.digest
+        assert [path for path in shelf.folder.rglob("*") if path.is_file()] == []
 
 
 class TestANodeGoes:

@@ -14,6 +14,7 @@ import pytest
 from cluster.dockerd import DockerEngine
 from cluster.errors import EngineError, ImageError, UnreachableError
 from cluster.fleet import WIDTH, Machine
+from cluster.layers import Store
 from cluster.local import LocalTransport
 from cluster.shelf import Shelf
 from launcher.stages.ship import lacking, ship_image
@@ -324,6 +325,24 @@ class TestToMany:
         node.faults.at("load slice", bug)
         with pytest.raises(ZeroDivisionError):
             send(source, source.put_image(b"x"), node)
+
+
+class TestStores:
+    """An engine that keeps images otherwise would call them by another digest: that is told before anything is sent."""
+
+    @pytest.mark.parametrize(("here", "there"), [("classic", "containerd"), ("containerd", "other")])
+    def test_of_two_kinds_are_refused(self, tmp_path: Path, here: Store, there: Store) -> None:
+        source, nodes = MemoryEngine("source"), [MemoryEngine("gpu-1"), MemoryEngine("gpu-2")]
+        source.kind = nodes[1].kind = here
+        nodes[0].kind = there
+        digest = source.put_image(b"an image" * 100)
+        with pytest.raises(ImageError, match="they call an image by different digests") as caught:
+            ship_image(
+                source, fleet(*nodes), tag=TAG, digest=digest, progress=lambda *_: None, shelf=Shelf(tmp_path / "shelf")
+            )
+        assert caught.value.node == "gpu-1"
+        assert "load" not in nodes[0].faults.calls
+        assert nodes[1].tags == {TAG: digest}, "the other one has it"
 
 
 def test_who_lacks_the_image() -> None:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 from cluster.command import Command, Result
 from cluster.container import Container, ContainerSpec, ContainerState
 from cluster.errors import EngineError, ImageError, LockedError, NodeError, UnreachableError
-from cluster.layers import Held
+from cluster.layers import Held, Store
 from cluster.transport import Channel, Sink
 
 KILLED, TERMINATED = 137, 143
@@ -81,6 +81,7 @@ class MemoryEngine:
         self.images: dict[str, bytes] = {}
         self.tags: dict[str, str] = {}
         self.image_labels: dict[str, dict[str, str]] = {}
+        self.kind: Store = "other"
         self._programs, self._slices = programs or {}, slices
         self._containers: dict[str, _Kept] = {}
         self._lock = threading.RLock()
@@ -162,8 +163,9 @@ class MemoryEngine:
         self.faults.meet("held")
         return tuple(found for digest in tuple(self.images) if (found := self.image(digest)))
 
-    def takes_parts(self) -> bool:
-        return False
+    def store(self) -> Store:
+        self.faults.meet("store")
+        return self.kind
 
     def push(self, image: str, *, reference: str, user: str, secret: str) -> None:  # noqa: ARG002 - the seam's
         self.faults.meet("push")
