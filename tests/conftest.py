@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-# Pytest's own diary of what it is doing.
-THEIRS = {"PYTEST_CURRENT_TEST"}
+# Pytest's own diary of what it is doing, and where torch notes its cache when its compiler is first imported.
+THEIRS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
 
 
 def environment() -> dict[str, str]:

@@ -66,7 +66,7 @@ def device() -> str:
 
 def build(question: dict[str, Any]) -> tuple[nn.Module, Any]:
     """The model, and what gives its loss."""
-    if "config" in question:
+    if question.get("config") is not None:
         return from_config(dict(question["config"])), language_loss
     names: dict[str, Any] = {"__name__": "model"}
     exec(compile(question["code"], question.get("path", "model.py"), "exec"), names)  # noqa: S102 - the user's own file
