@@ -304,6 +304,7 @@ def partial(unit: str) -> str:
     return f"{folder}/{PARTIAL}{name}" if folder else PARTIAL + name
 
 
+_SPEAKER = "export: "
 # Whatever is made of a checkpoint is made in the checkpoints folder, so that places in it are relative paths.
 _THERE = 'cd -- "$LAUNCHER_CHECKPOINTS" && exec nice "$@"'
 # $1 the unit, $2 where the result shall lie, $3 the folder of the shards in both. What is no shard is taken as it is.
@@ -332,10 +333,13 @@ def _make(place: Place, argv: Sequence[str], *, stdin: bytes = b"") -> None:
     said = place.ask(replace(place.engine.interactive(place.container, inside, tty=False), stdin=stdin))
     if said.ok:
         return
-    what = next(iter(said.tail(1)), "it ended without a word")
+    lines = said.tail(8)
+    # The converter names itself before its one sentence; what follows is advice. Others end with what went wrong.
+    own = next((line for line in lines if line.startswith(_SPEAKER)), lines[-1] if lines else "it ended without a word")
+    rest = tuple(line.strip() for line in lines if line != own)
     if said.code == IntegrityError.exit_code:
-        raise IntegrityError(what, where=f"node {place.name}", next_step="launcher checkpoint verify")
-    raise CommandError(place.name, f"the checkpoint could not be converted: {what}", detail=said.tail(8)[:-1])
+        raise IntegrityError(own.removeprefix(_SPEAKER), where=f"node {place.name}", detail=rest)
+    raise CommandError(place.name, f"the checkpoint could not be converted: {own.removeprefix(_SPEAKER)}", detail=rest)
 
 
 def _ask(place: Place, verb: str, unit: str, asked: Mapping[str, object], *, take: bool = False) -> dict[str, Any]:
