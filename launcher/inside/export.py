@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import enum
 import fcntl
 import functools
 import itertools
@@ -329,6 +330,32 @@ def first(data: Lying, *_more: object) -> Lying:
     return data
 
 
+class Stage(enum.IntEnum):
+    """DeepSpeed's ZeroStageEnum."""
+
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = 3
+
+
+def member(of: object, name: str) -> object:
+    """The getattr by which some versions of Python pickle an enum's members, and nothing else's."""
+    if of is Stage:
+        return Stage[name]
+    if of is Inert:
+        return Inert()
+    raise unknown("builtins.getattr")
+
+
+def unknown(name: str) -> Refusal:
+    """The refusal of a class or function."""
+    return Refusal(
+        f"holds {name}, which is not known to be harmless; nothing of it was run\n"
+        f"  next: if you know why it is there, --allow {name} reads past it (it is still not imported)"
+    )
+
+
 PLAIN = (set, frozenset, list, dict, tuple, int, float, bool, str, bytearray, complex, slice, range)
 KNOWN: dict[tuple[str, str], object] = {
     **{("builtins", kind.__name__): kind for kind in PLAIN},
@@ -349,11 +376,12 @@ KNOWN: dict[tuple[str, str], object] = {
     ("torch._utils", "_rebuild_parameter"): first,
     ("torch._utils", "_rebuild_parameter_with_state"): first,
     ("torch._tensor", "_rebuild_from_type_v2"): rebuild_from_type,
-    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): int,
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): Stage,
+    ("builtins", "getattr"): member,
 }
 # Classes that people and DeepSpeed keep beside the weights; of these nothing is needed.
 BESIDE = re.compile(
-    r"deepspeed\.[\w.]+|argparse Namespace|datetime \w+|enum \w+|pathlib \w+|types SimpleNamespace|uuid UUID"
+    r"deepspeed\.[\w.]+ \w+|argparse Namespace|datetime \w+|enum \w+|pathlib \w+|types SimpleNamespace|uuid UUID"
     r"|decimal Decimal|numpy(\.[\w.]+)? \w+|copyreg _reconstructor|builtins object|collections (deque|Counter)"
 )
 OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -369,14 +397,13 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = OLD_NAMES.get(module, module)
+        if f"{module}.{name}" in self.allowed:
+            return Inert
         if (module, name) in KNOWN:
             return KNOWN[module, name]
-        if BESIDE.fullmatch(f"{module} {name}") or BESIDE.fullmatch(module) or f"{module}.{name}" in self.allowed:
+        if BESIDE.fullmatch(f"{module} {name}"):
             return Inert
-        raise Refusal(
-            f"holds {module}.{name}, a class that is not known to be harmless; nothing of it was run\n"
-            f"  next: if you know why it is there, --allow {module}.{name} reads past it (it is still not imported)"
-        )
+        raise unknown(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _location, numel = pid
@@ -1113,27 +1140,28 @@ def split(sizes: Mapping[str, int], same: Mapping[str, int], *, limit: int) -> t
     files: list[list[str]] = []
     current: list[str] = []
     filled = total = 0
-    home: dict[int, list[str]] = {}
-    later: list[str] = []
+    homes: dict[int, list[str]] = {}
+    followers: dict[int, list[str]] = {}
     for name, size in sizes.items():
-        if same[name] in home:
-            later.append(name)
+        if same[name] in homes:
+            followers[same[name]].append(name)
             continue
         total += size
         if size > limit:
             files.append([name])
-            home[same[name]] = files[-1]
-            continue
-        if filled + size > limit:
-            files.append(current)
-            current, filled = [], 0
-        current.append(name)
-        home[same[name]] = current
-        filled += size
+            homes[same[name]] = files[-1]
+        else:
+            if filled + size > limit:
+                files.append(current)
+                current, filled = [], 0
+            current.append(name)
+            filled += size
+            homes[same[name]] = current
+        followers[same[name]] = []
     if current:
         files.append(current)
-    for name in later:
-        home[same[name]].append(name)
+    for one, names in followers.items():
+        homes[one].extend(names)
     return files, total
 
 

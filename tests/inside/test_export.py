@@ -189,7 +189,11 @@ class TestAgainstDeepSpeed:
 
         case = made(f"zero{stage}")
         exported(case / "checkpoint", tmp_path / "out")
-        assert_same(load(tmp_path / "out" / "model.safetensors"), torch.load(case / "loaded.pt"))
+        theirs = torch.load(case / "loaded.pt")
+        if stage == 1:  # the fresh model's own, there
+            theirs = {name: one for name, one in theirs.items() if name not in FROZEN}
+        ours = load(tmp_path / "out" / "model.safetensors")
+        assert_same({name: ours[name] for name in theirs}, theirs)
 
     @real
     def test_the_masters_of_bf16_optimizer_where_deepspeed_has_none(self, made: Made, tmp_path: Path) -> None:
@@ -204,7 +208,17 @@ class TestAgainstDeepSpeed:
         assert_same({name: ours[name] for name in masters}, masters)
 
     @real
-    @pytest.mark.parametrize("size", ["5GB", "1KB"])
+    def test_partitions_on_nvme_where_deepspeed_has_none(self, made: Made, tmp_path: Path) -> None:
+        import torch
+
+        case = made("zero3-nvme")
+        assert "something is wrong" in torch.load(case / "theirs.pt")["refused"]
+        exported(case / "checkpoint", tmp_path / "out")
+        theirs = torch.load(made("zero3-small-groups") / "theirs.pt")
+        assert_same(load(tmp_path / "out" / "model.safetensors"), in_fp32(theirs))
+
+    @real
+    @pytest.mark.parametrize("size", ["5GB", "0.5KB"])
     @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
     @pytest.mark.parametrize("stage", [1, 2, 3])
     def test_safetensors_are_its_files_byte_for_byte(
@@ -216,12 +230,12 @@ class TestAgainstDeepSpeed:
         theirs = case / f"files-safetensors-{dtype}-{size}"
         names = sorted(path.name for path in theirs.iterdir())
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-        assert (len(names) > 1) == (size == "1KB")
+        assert (len(names) > 1) == (size == "0.5KB")
         for name in names:
             assert (tmp_path / "out" / name).read_bytes() == (theirs / name).read_bytes()
 
     @real
-    @pytest.mark.parametrize("size", ["5GB", "1KB"])
+    @pytest.mark.parametrize("size", ["5GB", "0.5KB"])
     @pytest.mark.parametrize(
         ("name", "dtype"),
         [(f"zero{stage}{tied}", "fp32") for stage in (1, 2, 3) for tied in ("", "-untied")]
@@ -332,9 +346,10 @@ print("same")
             assert total == theirs.metadata["total_size"]
 
     @real
-    def test_rounding_is_that_of_torch(self) -> None:
+    def test_rounding_is_that_of_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import torch
 
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
         kinds = export.BY_NAME
         every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
         ties = (every.to(torch.int32) << 16) + torch.tensor([[0], [0x7FFF], [0x8000], [0x8001], [0xFFFF]])
@@ -487,6 +502,16 @@ class TestSpoiledCheckpoints:
         assert self.told(folder) == f"TAG/{OPTIM.format(1)}: is missing; {by}"
 
     @real
+    def test_a_partition_missing_on_nvme(self, copy: Copy) -> None:
+        folder = copy("zero3-nvme")
+        file = sorted((folder / "offloaded_tensors" / "rank01").iterdir())[0]
+        name = f"TAG/offloaded_tensors/rank01/{file.name}"
+        os.truncate(file, 4)
+        assert self.told(folder) == f"{name}: is torn: a partition lies there, off the shard"
+        file.unlink()
+        assert self.told(folder) == f"{name}: is missing: a partition lies there, off the shard"
+
+    @real
     @pytest.mark.parametrize(("name", "file"), [("zero2", "mp_rank_00_model_states.pt"), ("zero3", MODELS.format(1))])
     def test_a_missing_model_file(self, copy: Copy, name: str, file: str) -> None:
         folder = copy(name)
@@ -547,7 +572,8 @@ class TestSpoiledCheckpoints:
         folder = copy(name)
         for rank in range(2):
             shutil.copy(made(f"{name}-untied") / "checkpoint" / TAG / OPTIM.format(rank), folder)
-        assert "elements, " in self.told(folder)
+        said = {"zero2": "4 paddings for 3 parameters of group 0", "zero3": "its shares of the parameters are"}[name]
+        assert said in self.told(folder)
 
     @real
     def test_one_shard_of_another_model(self, copy: Copy, made: Made) -> None:
@@ -687,7 +713,7 @@ class TestPickles:
         shard(file, pickled)
         told = refused(folder.parent, tmp_path / "out", cwd=tmp_path)
         if culprit:
-            assert told.startswith(f"export: {file}: holds {culprit}, a class that is not known to be harmless")
+            assert told.startswith(f"export: {file}: holds {culprit}, which is not known to be harmless")
         assert not (tmp_path / CANARY).exists()
         assert not (tmp_path / "out").exists()
 
@@ -713,6 +739,17 @@ class TestPickles:
     def test_nonsense_is_refused(self, folder: Path, tmp_path: Path, pickled: bytes) -> None:
         shard(folder / "mp_rank_00_model_states.pt", pickled)
         assert "mp_rank_00_model_states.pt: " in refused(folder.parent, tmp_path / "out")
+
+    def test_an_enum_pickled_by_getattr(self) -> None:
+        # As Python 3.11.0 to 3.11.3 do it.
+        stage = (
+            b"\x80\x02c__builtin__\ngetattr\ncdeepspeed.runtime.zero.config\nZeroStageEnum\nX\x07\0\0\0weights\x86R."
+        )
+        read = export.Unpickler(io.BytesIO(stage), storages=lambda _key: (Path(), 0, 0), allowed=frozenset()).load()
+        assert read == 3
+        other = stage.replace(b"cdeepspeed.runtime.zero.config\nZeroStageEnum", b"ccollections\nOrderedDict")
+        with pytest.raises(export.Refusal, match=r"holds builtins\.getattr"):
+            export.Unpickler(io.BytesIO(other), storages=lambda _key: (Path(), 0, 0), allowed=frozenset()).load()
 
     def test_a_compressed_pickle_is_refused(self, folder: Path, tmp_path: Path) -> None:
         shard(folder / "mp_rank_00_model_states.pt", pickle.dumps({}, 2), compression=zipfile.ZIP_DEFLATED)

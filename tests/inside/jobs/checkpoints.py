@@ -12,6 +12,7 @@ Every case is a folder of OUT:
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,26 @@ def read_theirs(folder: Path, model: Any) -> None:
     torch.save(loaded, folder / "loaded.pt")
 
 
+def lay_on_nvme(source: Path, folder: Path) -> None:
+    """The same checkpoint as DeepSpeed leaves it when partitions are on NVMe: each in a file, rounded up to blocks."""
+    shutil.copytree(source / "checkpoint", folder / "checkpoint")
+    [tag] = [path for path in (folder / "checkpoint").iterdir() if path.is_dir()]
+    for rank in range(distributed.get_world_size()):
+        file = tag / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        swapped = tag / "offloaded_tensors" / f"rank{rank:02d}"
+        swapped.mkdir(parents=True)
+        state = torch.load(file, weights_only=False)
+        groups = state["optimizer_state_dict"]["fp32_flat_groups"]
+        for number in range(1, len(groups)):  # the first was too small to be swapped
+            group, left = groups[number], torch.empty(0)
+            left.ds_id = f"{number}_{number + 9}"
+            raw = group.detach().numpy().tobytes()
+            (swapped / f"{left.ds_id}.tensor.swp").write_bytes(raw + bytes(-len(raw) % 1024))
+            groups[number] = left
+        torch.save(state, file)
+    read_theirs(folder, fresh())
+
+
 def write_theirs(folder: Path, form: str, dtype: str, size: str) -> None:
     """The files that DeepSpeed makes of it."""
     convert_zero_checkpoint_to_state_dict(
@@ -175,7 +196,7 @@ def save_gpt2(out: Path) -> None:
     engine.destroy()
 
 
-SHARDED = "1KB"
+SHARDED = "0.5KB"
 FILES = [
     *(("safetensors", dtype, size) for dtype in ("fp32", "bf16", "fp16") for size in ("5GB", SHARDED)),
     *(("bin", dtype, size) for dtype in ("fp32", "bf16") for size in ("5GB", SHARDED)),
@@ -194,6 +215,8 @@ def main() -> None:
         save(out, "zero2-later", stage=2, steps=3)
         save(out, "zero3-later", stage=3, steps=3)
         save(out, "zero3-small-groups", stage=3, zero={"sub_group_size": 40})
+        if distributed.get_rank() == 0:
+            lay_on_nvme(out / "zero3-small-groups", out / "zero3-nvme")
         save(out, "zero1-bf16-optimizer", stage=1, precision="bf16", data_types={"grad_accum_dtype": "fp32"})
         save(out, "zero2-cpu", stage=2, zero={"offload_optimizer": {"device": "cpu"}})
         both = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
