@@ -54,6 +54,13 @@ class Archive:
         told = [piece.hex() if isinstance(piece, bytes) else piece.name for piece in self.pieces]
         return hashlib.sha256(json.dumps([told, self.sizes]).encode()).hexdigest()[:32]
 
+    def digest(self) -> str:
+        """SHA-256 of all of it, in hex."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks():
+            digest.update(chunk)
+        return digest.hexdigest()
+
     def chunks(self, start: int = 0) -> Iterator[bytes]:
         """The bytes from `start` on."""
         for piece, size in zip(self.pieces, self.sizes, strict=True):

@@ -13,9 +13,11 @@ node has of an archive stays when the transfer breaks, so the next one goes on t
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,6 +36,7 @@ PREFIX = b"launcher: "  # what an account's start-up files print is none of ours
 READY = 60.0  # seconds for every node to make its keys
 TICK = 5.0  # seconds between two signs of life from us; a node that hears none for a minute puts everything away
 GOODBYE = 5.0  # seconds for all nodes to put their keys away
+_WORD = re.compile(r"[A-Za-z0-9_.+/=$-]+")  # what nodes say of themselves goes to other nodes
 _SPARE = 64 << 20  # bytes that stay free on a node's disk
 
 
@@ -51,6 +54,9 @@ class Parcel(Protocol):
     def chunks(self, start: int = 0) -> Iterator[bytes]:
         """The bytes from `start` on."""
 
+    def digest(self) -> str:
+        """SHA-256 of all of them, in hex."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
@@ -59,6 +65,10 @@ class Saved:
     node: str
     name: str
     size: int
+    hashed: str
+
+    def digest(self) -> str:
+        return self.hashed
 
     def chunks(self, start: int = 0) -> Iterator[bytes]:
         raise CommandError(self.node, f"it cannot hand on its image (from byte {start} on)")
@@ -68,10 +78,11 @@ def save_there(machine: Machine, road: Road, *, digest: str) -> Saved:
     """Let a node save an image that it has into its folder, so that others can fetch it."""
     name = f"saved-{digest.rpartition(':')[2][:32]}"
     said = machine.transport.send(script(SAVE, road.folder, name, digest), ())
-    size = said.text.split()[-1:]  # an account's start-up files may have said something before
-    if not said.ok or not size or not size[0].isdigit():
-        raise ImageError(machine.name, "the image cannot be saved there", detail=said.tail())
-    return Saved(node=machine.name, name=name, size=int(size[0]))
+    match said.text.split()[-3:]:  # an account's start-up files may have said something before
+        case [size, hashed, "-"] if said.ok and size.isdigit():
+            return Saved(node=machine.name, name=name, size=int(size), hashed=hashed)
+        case _:
+            raise ImageError(machine.name, "the image cannot be saved there", detail=said.tail())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,10 +175,12 @@ class _Chain:
         self._events: queue.Queue[Callable[[], None]] = queue.Queue()
         self._order: tuple[str, ...] = ()
         self._sessions: list[threading.Thread] = []
+        self._hashed: Future[str] = Future()
         self.sent: dict[str, int] = {}
         self.failed: dict[str, NodeError] = {}
 
     def run(self) -> None:
+        threading.Thread(target=self._hash, daemon=True).start()
         self._sessions = [self._start(node, partial(self._attend, node)) for node in self._nodes.values()]
         self._decide_until(lambda: all(node.ready for node in self._open()), seconds=READY)
         for node in self._open():
@@ -241,8 +254,14 @@ class _Chain:
         said = node.machine.transport.send(command, chunks())
         return partial(self._fed, node, said)
 
+    def _hash(self) -> None:
+        try:
+            self._hashed.set_result(self._parcel.digest())
+        except BaseException as error:  # noqa: BLE001 - for who asks for the hash
+            self._hashed.set_exception(error)
+
     def _load(self, node: _Node) -> Callable[[], None]:
-        said = node.machine.transport.send(script(LOAD, self._file(node)), ())
+        said = node.machine.transport.send(script(LOAD, self._file(node), self._hashed.result()), ())
         return partial(self._loaded, node, said)
 
     def _file(self, node: _Node) -> str:
@@ -277,7 +296,7 @@ class _Chain:
 
     def _heard(self, node: _Node, words: list[str]) -> None:
         match words:
-            case ["ready", at, free, user, port, host_key, client_key]:
+            case ["ready", at, free, user, port, host_key, client_key] if all(map(_WORD.fullmatch, words[3:])):
                 node.at = node.first = int(at)
                 node.user, node.port, node.host_key, node.client_key = user, port, host_key, client_key
                 node.ready = True

@@ -141,16 +141,17 @@ umask 077
 dd bs=256k iflag=fullblock,count_bytes count="$(($3 - $2))" status=none >> "$1" && [ "$(stat -c %s -- "$1")" = "$3" ]
 """
 
-# $1 file. The engine verifies every layer; what it refuses is not gone on from.
+# $1 file, $2 its SHA-256: an engine would take in whatever else a neighbour had put into the file. What is refused is
+# not gone on from.
 LOAD = r"""
-said=$(docker load -q -i "$1" 2>&1) && exit
-rm -f -- "$1"; printf '%s\n' "$said" >&2; exit 1
+refuse() { rm -f -- "$1"; printf '%s\n' "$2" >&2; exit 1; }
+[ "$(sha256sum < "$1" | cut -d' ' -f1)" = "$2" ] || refuse "$1" "what has come is not what was sent"
+said=$(docker load -q -i "$1" 2>&1) || refuse "$1" "$said"
 """
-
 
 # $1 folder, $2 name, $3 the image. What is saved is whole before it has the name.
 SAVE = r"""
 umask 077; mkdir -p -- "$1" && find "$1" -name '*.part' ! -name "$2.part" -exec rm -f {} + || exit
 cd -- "$1" && { [ -s "$2.part" ] || { docker save -o "$2.new" "$3" && mv -f "$2.new" "$2.part"; } } || exit
-stat -c %s "$2.part"
+stat -c %s "$2.part" && sha256sum < "$2.part"
 """

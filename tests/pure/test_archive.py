@@ -94,6 +94,7 @@ class TestComposing:
         archive = compose(CONFIG, DIGESTS, list(files))
         content = whole(archive)
         assert archive.size == len(content)
+        assert archive.digest() == hashlib.sha256(content).hexdigest()
         for start in (0, 1, 511, 512, 513, 1500, len(content) // 2, len(content) - 1, len(content)):
             assert b"".join(archive.chunks(start)) == content[start:]
 
