@@ -38,7 +38,12 @@ class Trained:
 
 
 def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HOME": str(folder), "LAUNCHER_STATE": str(folder / "state"), "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "HOME": str(folder / "home"),
+        "LAUNCHER_STATE": str(folder / "state"),
+        "PYTHONPATH": str(ROOT),
+    }
     return subprocess.run(
         [sys.executable, "-m", "launcher.cli", *words],
         cwd=folder,
