@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.memory import Cluster, Host, Recipe, Rung, Weight, weigh
-from launcher.model import Model
+from launcher.model import Model, read_simulation
 from tests.testbed import training
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -59,6 +59,8 @@ def call(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     folder = tmp_path_factory.mktemp("site")
     shutil.copy(ROOT / "examples/train.py", folder / "train.py")
+    for name in NODES:
+        (folder / "nodes" / name).mkdir(parents=True)
     nodes = [
         {
             "name": name,
