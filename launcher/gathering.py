@@ -162,8 +162,14 @@ def deliver(
             missing = {target.name: shards.lacking(wanted, ready[target.name].have, piece=piece) for target in targets}
             if not any(missing.values()):
                 return sent
-            for target in targets:
-                _check_room(target, missing[target.name], free=ready[target.name].free)
+            try:
+                for target in targets:
+                    _check_room(target, missing[target.name], free=ready[target.name].free)
+            except PreconditionError:
+                for target in targets:
+                    if not any(ready[target.name].have.values()):  # else the same command goes on from there
+                        carry.drop(target, folder)
+                raise
             meter = _Meter(now, sent, missing)
             bad, failed = _round(routes, targets, folder, missing, meter)
             if again := suspects & bad:
