@@ -37,6 +37,7 @@ HURRY = 2.0  # seconds for all goodbyes when we are told to stop
 FAREWELL = 30.0  # seconds for the others to confirm that all went well here: else they would miss us, and end badly
 GATHERING = 8.0  # seconds beyond the job's grace for the others to end and to say how
 ARRIVAL = 10.0  # seconds from our start within which the others may still be starting
+START = 300.0  # seconds at least that a run may take to its first line before that is called a hang
 UNMET = 60.0  # seconds after which it is told that a node was never heard
 LONGEST = 16 * 1024  # of a datagram, in bytes
 BURST = 1000  # datagrams read in one turn
@@ -89,13 +90,13 @@ class Gang:
         self._report: dict[str, Any] = {}
         self._count = 0
         self._began = self._turned = self._progress = now
-        self._unmet_told = False
+        self._spoken = self._unmet_told = False
 
     # What happens here
 
     def progress(self, now: float) -> None:
         """A rank of this node has written something."""
-        self._progress = now
+        self._progress, self._spoken = now, True
 
     def ending(self, why: str, *, failures: Sequence[dict[str, Any]] = ()) -> None:
         """This node's part is about to end badly; how exactly, the last report will say."""
@@ -128,6 +129,7 @@ class Gang:
             delay = (wall - sent) - (message["sent"] - arrived)
             if delay >= 0:  # else a clock was set meanwhile
                 peer.clocks.append((delay, ((arrived - sent) + (message["sent"] - wall)) / 2))
+        self._spoken |= message["spoken"]
         if message["asks"]:  # for a confirmation
             peer.sent = float("-inf")
         if message["news"] > peer.news:
@@ -201,7 +203,7 @@ class Gang:
         if self._hang_timeout is None or any(peer.heard is None for peer in self.peers.values()):
             return ""
         quiet = [now - self._progress, *(now - (peer.heard or now) + peer.quiet for peer in self._living())]
-        if min(quiet) < self._hang_timeout:
+        if min(quiet) < (self._hang_timeout if self._spoken else max(self._hang_timeout, START)):
             return ""
         self.hanging = self.decided = True
         return f"no progress: no process of any node wrote anything for {min(quiet):.0f} s"
@@ -228,6 +230,7 @@ class Gang:
             "sent": wall,
             "echo": peer.told,
             "quiet": max(0.0, now - self._progress),
+            "spoken": self._spoken,
             "state": self._state,
             "news": self._news,
             "heard": peer.news,
