@@ -194,10 +194,13 @@ class Gang:
         return ""
 
     def _lost(self, peer: Peer, now: float) -> str:
+        gone = peer.refused >= MISSED or now - (peer.heard or now) >= self._grace
+        return self._loss_of(peer, now) if gone else ""
+
+    def _loss_of(self, peer: Peer, now: float) -> str:
         if peer.refused >= MISSED:
             return "lost: its agent is gone, though the machine answers"
-        silent = now - (peer.heard or now)
-        return f"lost: silent for {silent:.0f} s on the training network" if silent >= self._grace else ""
+        return f"lost: silent for {now - (peer.heard or now):.0f} s on the training network"
 
     def _hang(self, now: float) -> str:
         if self._hang_timeout is None or any(peer.heard is None for peer in self.peers.values()):
@@ -268,9 +271,10 @@ class Gang:
             said = {name: peer.report.get(name, usual[name]) for name in usual}
             failures = [{**one, "time": one["time"] - ahead} for one in said["failures"]]
             return {**said, "time": said["time"] - ahead, "failures": failures}
-        lost = self._lost(peer, now) or ("lost: silent on the training network" if peer.silent else "")
+        if not peer.silent and peer.refused < MISSED:
+            return {}
         heard = wall - (now - (peer.heard or now))
-        return {**usual, "time": heard, "code": 1, "lost": lost} if lost else {}
+        return {**usual, "time": heard, "code": 1, "lost": self._loss_of(peer, now)}
 
     @property
     def clock(self) -> float | None:
