@@ -37,6 +37,7 @@ HURRY = 2.0  # seconds for all goodbyes when we are told to stop
 FAREWELL = 30.0  # seconds for the others to confirm that all went well here: else they would miss us, and end badly
 GATHERING = 8.0  # seconds beyond the job's grace for the others to end and to say how
 ARRIVAL = 10.0  # seconds from our start within which the others may still be starting
+START = 300.0  # seconds at least that a run may take to its first line before that is called a hang
 UNMET = 60.0  # seconds after which it is told that a node was never heard
 LONGEST = 16 * 1024  # of a datagram, in bytes
 BURST = 1000  # datagrams read in one turn
@@ -89,13 +90,13 @@ class Gang:
         self._report: dict[str, Any] = {}
         self._count = 0
         self._began = self._turned = self._progress = now
-        self._unmet_told = False
+        self._spoken = self._unmet_told = False
 
     # What happens here
 
     def progress(self, now: float) -> None:
         """A rank of this node has written something."""
-        self._progress = now
+        self._progress, self._spoken = now, True
 
     def ending(self, why: str, *, failures: Sequence[dict[str, Any]] = ()) -> None:
         """This node's part is about to end badly; how exactly, the last report will say."""
@@ -128,6 +129,7 @@ class Gang:
             delay = (wall - sent) - (message["sent"] - arrived)
             if delay >= 0:  # else a clock was set meanwhile
                 peer.clocks.append((delay, ((arrived - sent) + (message["sent"] - wall)) / 2))
+        self._spoken |= message["spoken"]
         if message["asks"]:  # for a confirmation
             peer.sent = float("-inf")
         if message["news"] > peer.news:
@@ -192,16 +194,19 @@ class Gang:
         return ""
 
     def _lost(self, peer: Peer, now: float) -> str:
+        gone = peer.refused >= MISSED or now - (peer.heard or now) >= self._grace
+        return self._loss_of(peer, now) if gone else ""
+
+    def _loss_of(self, peer: Peer, now: float) -> str:
         if peer.refused >= MISSED:
             return "lost: its agent is gone, though the machine answers"
-        silent = now - (peer.heard or now)
-        return f"lost: silent for {silent:.0f} s on the training network" if silent >= self._grace else ""
+        return f"lost: silent for {now - (peer.heard or now):.0f} s on the training network"
 
     def _hang(self, now: float) -> str:
         if self._hang_timeout is None or any(peer.heard is None for peer in self.peers.values()):
             return ""
         quiet = [now - self._progress, *(now - (peer.heard or now) + peer.quiet for peer in self._living())]
-        if min(quiet) < self._hang_timeout:
+        if min(quiet) < (self._hang_timeout if self._spoken else max(self._hang_timeout, START)):
             return ""
         self.hanging = self.decided = True
         return f"no progress: no process of any node wrote anything for {min(quiet):.0f} s"
@@ -228,6 +233,7 @@ class Gang:
             "sent": wall,
             "echo": peer.told,
             "quiet": max(0.0, now - self._progress),
+            "spoken": self._spoken,
             "state": self._state,
             "news": self._news,
             "heard": peer.news,
@@ -265,9 +271,10 @@ class Gang:
             said = {name: peer.report.get(name, usual[name]) for name in usual}
             failures = [{**one, "time": one["time"] - ahead} for one in said["failures"]]
             return {**said, "time": said["time"] - ahead, "failures": failures}
-        lost = self._lost(peer, now) or ("lost: silent on the training network" if peer.silent else "")
+        if not peer.silent and peer.refused < MISSED:
+            return {}
         heard = wall - (now - (peer.heard or now))
-        return {**usual, "time": heard, "code": 1, "lost": lost} if lost else {}
+        return {**usual, "time": heard, "code": 1, "lost": self._loss_of(peer, now)}
 
     @property
     def clock(self) -> float | None:

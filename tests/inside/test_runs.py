@@ -51,12 +51,17 @@ def write(user: User, script: str) -> None:
 
 
 DIE = """
+import torch.distributed as dist
+dist.barrier()
 restart = os.environ.get("LAUNCHER_RESTART")
 print("attempt", restart, "of", os.environ["LAUNCHER_RUN"])
-if os.environ["RANK"] == "1" and not (restart and {learns}):
+if not (restart and {learns}):
+    if os.environ["RANK"] == "0":
+        time.sleep(600)
     if {saves}:
         Path(os.environ["LAUNCHER_CHECKPOINTS"], "step-5").touch()
     os.kill(os.getpid(), signal.SIGKILL)
+dist.barrier()
 """
 
 
@@ -83,7 +88,7 @@ def test_a_restart_that_comes_no_further_is_the_last(user: User) -> None:
 
 
 def test_an_error_of_the_script_is_not_tried_again(user: User) -> None:
-    write(user, "import transformerz\n")
+    write(user, "if os.environ['RANK'] == '0':\n    time.sleep(600)\nimport transformerz\n")
     said = user.launcher("run", "--port", free_port(), "--max-restarts", "5", "job.py")
     assert said.code == 1
     assert "ModuleNotFoundError: No module named 'transformerz'" in said.first

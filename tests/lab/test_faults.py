@@ -86,7 +86,7 @@ def test_f22_memory_that_ran_out_is_told_from_a_kill(lab: testbed.Lab, user: Use
 
 
 def test_f23_a_rank_that_stands_still_ends_the_run_and_all_stacks_come_home(lab: testbed.Lab, user: User) -> None:
-    running = user.begin("run", "--hang-timeout", "15", "jobs/work.py")
+    running = user.begin("run", "--hang-timeout", "30", "jobs/work.py")
     logs = user.home / ".state"
     eventually(
         lambda: any(b"step 20 of 6" in path.read_bytes() for path in logs.rglob("logs/*.log")), "work", seconds=300
@@ -97,7 +97,7 @@ def test_f23_a_rank_that_stands_still_ends_the_run_and_all_stacks_come_home(lab:
     said = user.end(running)
     assert said.code == 1, said.err
     assert said.first.startswith(f"error: node {victim}, rank 3: is stopped (SIGSTOP); no progress: no process of any")
-    assert time.monotonic() - begun < 15 + 5 + 15
+    assert time.monotonic() - begun < 30 + 5 + 15
     (evidence,) = [path for path in logs.rglob("evidence") if str(path) in said.err]
     kept = sorted(path.relative_to(evidence) for path in evidence.rglob("rank-*.txt"))
     nodes = [machine.name for machine in lab.machines]
@@ -106,14 +106,19 @@ def test_f23_a_rank_that_stands_still_ends_the_run_and_all_stacks_come_home(lab:
 
 
 def test_f24_a_node_that_stands_still_ends_the_run_elsewhere(lab: testbed.Lab, user: User, stranger: User) -> None:
-    detach(lab, user, "--hang-timeout", "20", "jobs/apart.py")
+    (user.home / "jobs/together.py").write_text(
+        "import time, torch\nfrom accelerate import Accelerator\n"
+        "accelerator = Accelerator()\naccelerator.reduce(torch.ones(1))\nprint('ready', flush=True)\n"
+        "while True:\n    accelerator.reduce(torch.ones(1))\n    accelerator.print('step')\n    time.sleep(1)\n"
+    )
+    detach(lab, user, "--hang-timeout", "30", "jobs/together.py")
     *others, lost = (machine.name for machine in lab.machines)
-    with testbed.pause(lost):
-        time.sleep(45)
     begun = time.time()
-    ended(lab, *others, within=20, since=begun)
-    ended(lab, lost, within=30, since=begun)
-    assert stranger.launcher("attach").code == 1
+    with testbed.pause(lost):
+        ended(lab, *others, within=30 + 5 + 15, since=begun)
+    ended(lab, lost, within=120, since=begun)
+    said = stranger.launcher("attach")
+    assert (said.code, "no progress: no process of any node wrote anything for 3" in said.first) == (1, True), said.err
 
 
 def test_f26_a_data_path_that_is_cut_ends_the_run(lab: testbed.Lab, user: User, stranger: User) -> None:
@@ -124,7 +129,7 @@ def test_f26_a_data_path_that_is_cut_ends_the_run(lab: testbed.Lab, user: User, 
         ended(lab, within=GRACE + 20, since=begun)
     said = stranger.launcher("attach")
     assert said.code == 1
-    assert said.first.startswith(f"error: node {lost.name}: lost: silent for 6"), said.err
+    assert said.first.startswith(f"error: node {lost.name}: lost: silent for "), said.err
 
 
 def test_f27_a_node_that_is_gone_ends_the_run_and_attach_learns_it(
@@ -137,7 +142,7 @@ def test_f27_a_node_that_is_gone_ends_the_run_and_attach_learns_it(
         ended(lab, *others, within=GRACE + 15, since=begun)
         said = stranger.launcher("attach")
         assert said.code == 1
-        assert said.first.startswith(f"error: node {lost}: lost: silent for 6"), said.err
+        assert said.first.startswith(f"error: node {lost}: lost: silent for "), said.err
         assert [containers(name, role="run") for name in others] == [[], []]
     ended(lab, lost, within=GRACE + 30, since=begun)
     stranger.launcher("stop")

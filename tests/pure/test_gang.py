@@ -304,8 +304,28 @@ class TestHang:
 
     def test_one_node_alone_has_it_too(self) -> None:
         world = World(nodes=1, hang_timeout=30.0)
+        world.gangs[0].progress(world.now)
         world.pass_time(31)
         assert world.gangs[0].decided
+
+    def test_to_its_first_line_a_run_has_five_minutes(self) -> None:
+        world = World(hang_timeout=30.0)
+        world.pass_time(298)
+        assert world.verdicts() == ["", "", ""]
+        world.pass_time(4)
+        assert [verdict[:12] for verdict in world.verdicts()] == ["no progress:"] * 3
+
+    def test_who_wants_to_wait_longer_for_the_first_line_may(self) -> None:
+        world = World(hang_timeout=1000.0)
+        world.pass_time(998)
+        assert world.verdicts() == ["", "", ""]
+
+    def test_the_first_line_of_one_counts_for_all(self) -> None:
+        world = World(hang_timeout=30.0)
+        world.pass_time(10)
+        world.gangs[2].progress(world.now)
+        world.pass_time(36)
+        assert [verdict[:12] for verdict in world.verdicts()] == ["no progress:"] * 3
 
     def test_what_has_ended_does_not_hang(self) -> None:
         world = World(nodes=1, hang_timeout=30.0)
