@@ -98,7 +98,7 @@ class EngineContract:
         found = engine.image(self.image)
         assert found is not None
         assert found.id == engine.image_id(self.image)
-        assert self.image in found.tags
+        assert self.image in (found.id, *found.tags)
         assert engine.image(found.id) == found
         assert found in engine.held()
         assert engine.image("launcher-test/no-such-image:1") is None
