@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -686,7 +687,7 @@ EVIL: dict[str, tuple[bytes, str]] = {
     "system": (pickle.dumps({"x": Reduced(os.system, (f"touch {CANARY}",))}, 2), "posix.system"),
     "eval": (pickle.dumps({"x": Reduced(eval, (TOUCH,))}, 2), "builtins.eval"),
     "exec of protocol 4": (pickle.dumps({"x": Reduced(exec, (TOUCH,))}, 4), "builtins.exec"),
-    "getattr": (pickle.dumps(Reduced(getattr, (str, "join")), 2), "builtins.getattr"),
+    "getattr": (pickle.dumps(Reduced(getattr, (OrderedDict, "fromkeys")), 2), "builtins.getattr"),
     "a dotted name": (
         b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.__init__\x93.",
         "collections.OrderedDict.__init__",
