@@ -1,4 +1,4 @@
-"""Real training on this machine's CPUs, measured: what each rank's tensors and its whole process take.
+"""Real training on this machine, measured: what each rank's tensors take, and at most all that it takes.
 
     python -m tests.testbed.training <settings.jsonl >measured.jsonl
 
@@ -9,8 +9,9 @@ the most that the process took in the steps, rest: what it takes after them, los
 question} alone inside/simulate.py answers. Memory is counted beyond what a process takes that has trained something
 tiny in the same way. The libraries are imported once, and each rank is a fork.
 
-A rank is set up as `launcher run` does on CPUs: gloo, DS_ACCELERATOR=cpu; and so that its resident memory is what it
-has allocated: no transparent huge pages, and (by environment, see `start`) a malloc that gives back what is freed.
+On CPUs a rank is set up as `launcher run` does: gloo, DS_ACCELERATOR=cpu; and so that its resident memory is what it
+has allocated: no transparent huge pages, and (by environment, see `start`) a malloc that gives back what is freed. On
+a GPU (`start(cuda=True)`, one process) the memory is what torch's allocator has given out.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ TYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @contextlib.contextmanager
-def start() -> Iterator[subprocess.Popen[str]]:
+def start(*, cuda: bool = False) -> Iterator[subprocess.Popen[str]]:
     """A server of measurements: settings go to its standard input, measurements come from its standard output."""
+    # NVML tells of a GPU without CUDA's being set up, after which a process cannot be forked.
+    gpu = {"DS_ACCELERATOR": "cuda", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     environment = {
         **os.environ,
+        **(gpu if cuda else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}),
         "PYTHONPATH": str(ROOT),
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -184,21 +186,24 @@ def train(settings: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     """Some steps of one rank."""
     import deepspeed
 
-    world = settings["processes"]
-    store = f"file://{folder}/store"
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, init_method=store, rank=rank, world_size=world)
+    from launcher.inside import simulate
+
+    world, on_gpu = settings["processes"], simulate.device() == "cuda"
+    store, backend = f"file://{folder}/store", "nccl" if on_gpu else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, init_method=store, rank=rank, world_size=world)
     rehearse(settings)
     release()
-    before, ours = resident("VmRSS"), tensors()
+    meter: Meter | GpuMeter = GpuMeter() if on_gpu else Meter()
+    before, ours = meter.taken(), meter.tensors()
     if "limit" in settings:
         confine(Path(settings["cgroup"]), settings["limit"], first=rank == 0)
     step = prepare(settings)
     release()
-    Path("/proc/self/clear_refs").write_text("5")
+    meter.reset()
     losses = [step() for _ in range(settings.get("steps", 3))]
-    peak = resident("VmHWM") - before
+    peak = meter.most() - before
     release()
-    return {"states": tensors() - ours, "peak": peak, "rest": resident("VmRSS") - before, "loss": losses}
+    return {"states": meter.tensors() - ours, "peak": peak, "rest": meter.taken() - before, "loss": losses}
 
 
 def confine(group: Path, more: int, *, first: bool) -> None:
@@ -229,7 +234,8 @@ def prepare(settings: dict[str, Any]) -> Any:
 
     torch.manual_seed(0)
     question = settings["model"]
-    model, loss = simulate.build(question)
+    with torch.device(simulate.device()):
+        model, loss = simulate.build(question)
     simulate.ready(model, checkpointing=question["checkpointing"])
     return plain(model, loss, settings) if settings["stage"] == 0 else sharded(model, loss, settings)
 
@@ -312,24 +318,60 @@ def release() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+class Meter:
+    """Bytes of this process in main memory."""
+
+    def taken(self) -> int:
+        """All that it takes now."""
+        return resident("VmRSS")
+
+    def reset(self) -> None:
+        """Forget the most that it took."""
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def most(self) -> int:
+        """The most that it took since."""
+        return resident("VmHWM")
+
+    def tensors(self) -> int:
+        """All tensors, each storage once."""
+        import torch
+
+        storages = {}
+        for one in gc.get_objects():
+            if issubclass(type(one), torch.Tensor) and one.layout == torch.strided and one.device.type == "cpu":
+                storage = one.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+
+class GpuMeter:
+    """Bytes that torch's allocator has given out on this process's GPU; at rest those are its tensors."""
+
+    def taken(self) -> int:
+        import torch
+
+        return int(torch.cuda.memory_allocated())
+
+    tensors = taken
+
+    def reset(self) -> None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+
+    def most(self) -> int:
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+
+
 def resident(key: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
-
-
-def tensors() -> int:
-    """Bytes of all tensors of this process, each storage once."""
-    import torch
-
-    storages = {}
-    for one in gc.get_objects():
-        if issubclass(type(one), torch.Tensor) and one.layout == torch.strided and one.device.type == "cpu":
-            storage = one.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 if __name__ == "__main__":
