@@ -31,6 +31,7 @@ from cluster.shelf import Shelf
 USER = "launcher"
 REPOSITORY = "launcher/layers"
 _LONGEST = 8 << 20  # of a configuration or a manifest
+_BROKEN_OFF = (EOFError, OSError, ValueError)  # what reading a body may end with
 _UPLOADS = f"/v2/{REPOSITORY}/blobs/uploads/"
 _BLOB = re.compile(rf"/v2/{REPOSITORY}/blobs/(sha256:[0-9a-f]{{64}})")
 _MANIFEST = re.compile(rf"/v2/{REPOSITORY}/manifests/.+")
@@ -133,8 +134,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         registry = self.server.registry
         if _MANIFEST.fullmatch(self.path):
-            content = b"".join(self._body())
-            self._answer(HTTPStatus.CREATED, {"Docker-Content-Digest": _name(hashlib.sha256(content))})
+            digest = hashlib.sha256()
+            try:
+                for chunk in self._body():
+                    digest.update(chunk)
+            except _BROKEN_OFF:
+                self.close_connection = True
+                return
+            self._answer(HTTPStatus.CREATED, {"Docker-Content-Digest": _name(digest)})
             return
         upload = urlsplit(self.path).path.removeprefix(_UPLOADS)
         if upload in registry.uploads:
@@ -171,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
                 registry.shelf.put_config(_whole(begin, body))
             else:
                 layer = registry.shelf.put(_joined(begin, body))
-        except (OSError, ValueError, zlib.error):
+        except (*_BROKEN_OFF, zlib.error):
             self.close_connection = True
             return None
         except ClusterError as error:  # a full disk
@@ -181,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         return size
 
     def _body(self) -> Iterator[bytes]:
-        """The request's body, by length or in chunks; `ConnectionError` when it breaks off."""
+        """The request's body, by length or in chunks; `EOFError` when it breaks off."""
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             yield from self._read(int(self.headers.get("Content-Length") or 0))
             return
@@ -194,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         while length:
             chunk = self.rfile.read(min(length, CHUNK))
             if not chunk:
-                raise ConnectionError
+                raise EOFError  # no OSError: the shelf would take that for its disk's
             length -= len(chunk)
             yield chunk
 
@@ -211,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Read past a body that says nothing."""
         try:
             return sum(map(len, self._body())) <= _LONGEST
-        except (OSError, ValueError):
+        except _BROKEN_OFF:
             self.close_connection = True
             return False
 
@@ -219,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Say that it is no use to try again, and read on until the engine has heard it."""
         self._answer(HTTPStatus.FORBIDDEN, what=what)
         self.close_connection = True
-        with suppress(OSError, ValueError):
+        with suppress(*_BROKEN_OFF):
             for _ in self._body():
                 pass
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,11 +53,15 @@ class Source(DockerEngine):
     def __init__(self, spoil: Callable[[Iterator[bytes]], Iterable[bytes]] = iter) -> None:
         super().__init__(LocalTransport("here"))
         self.spoil = spoil
-        self.read = 0
+        self.read = self.pushed = 0
 
     def save(self, name: str) -> Iterator[bytes]:
         self.read += 1
         yield from self.spoil(super().save(name))
+
+    def push(self, *args: Any, **options: Any) -> None:
+        super().push(*args, **options)
+        self.pushed += 1
 
 
 @pytest.fixture
@@ -237,7 +242,8 @@ class TestOnlyWhatIsMissing:
             content[len(content) // 2] ^= 0xFF
             path.write_bytes(content)
         self.ship(source, there, digest, shelf)
-        assert source.read == 2, "what was damaged was read anew"
+        assert there.engine.image_id(digest) == digest
+        assert (source.read, source.pushed) == (1, 1), "what was damaged was had anew from the engine"
 
     def test_another_image_than_was_meant_is_not_shelved(
         self, source: Source, there: Machine, other: Dockerd, layered: Layered, shelf: Shelf
