@@ -7,7 +7,7 @@ parameters (`guess_model`: a transformer of ordinary proportions, by formula).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ def read_simulation(said: Mapping[str, Any], *, where: str) -> Model:
             where=where,
             next_step="give --parameters instead of it: the activations are then estimated",
         )
-    modules = [tuple(tensors) for _, tensors in said["modules"]]
+    modules = _gathered(said["modules"], {index for kind, index, *_ in said["cast"] if kind == "use"})
     return Model(
         tensors=tuple(count for count, _ in said["tensors"]),
         trained=tuple(trained for _, trained in said["tensors"]),
@@ -92,6 +92,20 @@ def read_simulation(said: Mapping[str, Any], *, where: str) -> Model:
         autocast=tuple(_events(said["autocast"], modules)),
         buffers=said["buffers"],
     )
+
+
+def _gathered(said: Sequence[tuple[str, Sequence[int]]], used: Collection[int]) -> list[tuple[int, ...]]:
+    """The tensors that ZeRO-3 gathers when a module is used: its own, and those of modules within it that are never
+    called, as nn.MultiheadAttention reads the weight of its `out_proj` (DeepSpeed's "external parameters")."""
+    numbers = {name: number for number, (name, _) in enumerate(said)}
+    found = [list(tensors) for _, tensors in said]
+    for number, (name, tensors) in enumerate(said):
+        owner = name
+        while owner and numbers[owner] not in used:
+            owner = owner.rpartition(".")[0]
+        if numbers[owner] != number:
+            found[numbers[owner]] += tensors
+    return [tuple(dict.fromkeys(tensors)) for tensors in found]
 
 
 def _events(said: Sequence[Sequence[Any]], modules: Sequence[tuple[int, ...]]) -> Iterator[Event]:

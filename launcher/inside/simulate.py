@@ -52,9 +52,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
             with torch.device(device()):
                 model, loss = build(question)
             ready(model, checkpointing=bool(question["checkpointing"]))
-            if mode == "cast":
-                found |= measures(model)
-                cast(model, TYPES[precision])
+            found |= measures(model)
+            remake(model, TYPES[precision] if mode == "cast" else None)
             found[mode] = run(model, loss, question, autocast=TYPES[precision] if mode == "autocast" else None)
     return found
 
@@ -108,15 +107,20 @@ def ready(model: nn.Module, *, checkpointing: bool) -> None:
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def cast(model: nn.Module, kind: torch.dtype) -> None:
-    """What `model.to(kind)` does, which cannot be had of fake tensors; a tensor that is shared stays shared."""
+def remake(model: nn.Module, kind: torch.dtype | None) -> None:
+    """Make every parameter and buffer anew, as `model.to(kind)` does, which cannot be had of fake tensors.
+
+    A tensor that is shared stays shared. It is needed without a kind too: a fake parameter that was copied by
+    `copy.deepcopy`, as nn.TransformerEncoder copies its layers, has another storage than its views, and would be
+    counted once more where its transpose is kept for the backward.
+    """
     made: dict[int, Any] = {}
     for module in model.modules():
         for name, one in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if not one.is_floating_point() or one.dtype == kind:
-                continue
             if id(one) not in made:
-                other = one.detach().to(kind)
+                other = one.detach()
+                if kind is not None and one.is_floating_point():
+                    other = other.to(kind)
                 made[id(one)] = nn.Parameter(other, one.requires_grad) if isinstance(one, nn.Parameter) else other
             setattr(module, name, made[id(one)])
 

@@ -33,6 +33,16 @@ def test_a_simulation_is_read() -> None:
     assert (model.parameters, model.optimized, model.largest_module, model.activations) == (20, (10, 6), 10, 9)
 
 
+def test_what_is_never_called_is_gathered_with_what_holds_it() -> None:
+    said = {
+        **SAID,
+        "modules": [["", []], ["attention", [0]], ["attention.out", [1]], ["head", [2]]],
+        "cast": [["use", 1, 1, 1], ["use", 3, 5, 3], ["use", -1, 4, 4]],
+    }
+    model = read_simulation(said, where="config.json")
+    assert [event.tensors for event in model.cast if isinstance(event, Use)] == [(0, 1), (2,), ()]
+
+
 def test_what_kept_a_model_from_being_run_is_told() -> None:
     with pytest.raises(InputError) as refused:
         read_simulation({"error": "ValueError: no such thing"}, where="model.py")
