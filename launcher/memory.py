@@ -12,11 +12,12 @@ ZeRO-1, 2     runtime/zero/stage_1_and_2.py: all weights, flat (p·P); fp32 mast
 ZeRO-3        runtime/zero/stage3.py: the own n-th of each tensor, and its master weights, also where p is 4 (a device
               and its name, which are compared there, are never equal); the bucket and a flat buffer for the n-th of
               the gradients, always; runtime/zero/partitioned_param_coordinator.py: the gathered tensors, prefetched
-              ones, and those that are used again within max_reuse_distance
+              ones, and those that are used again within max_reuse_distance; one process alone gathers nothing
 offload       the same files: on the host master weights, gradients in fp32, a buffer of p·P/n for weights or
-              gradients; runtime/swap_tensor/: `buffer_count` pinned buffers of the largest sub-group (optimizer), or
-              of `buffer_size` elements (parameters), for each process; on the disk 16 bytes a parameter (master,
-              gradient, two moments) and p
+              gradients; on the GPU copies of the shares that are gathered or, by one process alone, of whole tensors,
+              and of each gradient on its way to the host, with its norm in fp64; runtime/swap_tensor/: `buffer_count`
+              pinned buffers of the largest sub-group (optimizer), or of `buffer_size` elements (parameters), for each
+              process; on the disk 16 bytes a parameter (master, gradient, two moments) and p
 plain DDP     torch.nn.parallel: fp32 weights, gradients, and, with two processes or more, buckets as large as the
               gradients (gradient_as_bucket_view is off)
 optimizers    Zhao et al. 2020 call it K = 12 for Adam in mixed precision (ZeRO, arXiv:1910.02054, section 3.1)
@@ -40,6 +41,7 @@ GIB = 1 << 30
 
 MASTER = 4  # bytes of a master weight, of its gradient, and of each moment
 NORM = 8  # gradient norms are taken in fp64 (runtime/zero/utils.py, get_norm_dtype)
+NORM_CHUNK = 250_000_000  # elements at a time (runtime/zero/stage3.py, _constant_buffered_norm2)
 STAGE_3 = 3
 
 # What a process takes that holds nothing yet. On the GPU: the CUDA context with its kernels, and NCCL's channels; on
@@ -398,6 +400,11 @@ class _Job:
         return self.rung.optimizer_on != "gpu"
 
     @property
+    def gathers(self) -> bool:
+        """Whether a module's tensors are fetched, under ZeRO-3, before it runs: one process has them, on its GPU."""
+        return self.world > 1 or self.rung.params_on != "gpu"
+
+    @property
     def accumulates(self) -> bool:
         return self.recipe.accumulation > 1
 
@@ -562,10 +569,12 @@ def _flat(job: _Job) -> tuple[Bytes, Bytes]:
     passing.run()
     peak = passing.peak
     if not job.offloads:
-        own = item * job.whole_share
-        peak.see({"own gradients": own, "step": NORM * largest})
-        peak.see({"own gradients": own, "step": (item + (MASTER if item != MASTER else 0)) * share})
-        peak.see({"step": (1 + job.temporaries) * MASTER * share})
+        own = {"own gradients": item * job.whole_share}
+        is_kept = not passing.early and not job.accumulates  # at stage 1, until the step is done
+        bucket = {"buckets": passing.held.get("buckets", 0) if is_kept else 0}
+        peak.see(bucket, own, {"step": NORM * largest})
+        peak.see(bucket, own, {"step": (item + (MASTER if item != MASTER else 0)) * share})
+        peak.see(bucket, {"step": (1 + job.temporaries) * MASTER * share})
     return static, peak.parts
 
 
@@ -630,7 +639,8 @@ class _FlatPass:
 
     def _flush(self) -> None:
         item = self.job.item
-        self._see({"reduction": item * self.bucket.elements})
+        if self.job.world > 1 or not self.bucket.beside:
+            self._see({"reduction": item * self.bucket.elements})
         sizes = {tensor: item * self.job.model.tensors[tensor] for tensor in self.bucket.tensors}
         if self.job.offloads and sizes:
             self._see({"conversion": NORM * max(sizes.values()) // item})
@@ -677,7 +687,7 @@ def _sharded(job: _Job) -> tuple[Bytes, Bytes]:
     size = passing.bucket.most if job.cluster.cpu else job.recipe.reduce_bucket_size
     static = {
         "parameters": job.model.buffers + (item * job.all_share if job.rung.params_on == "gpu" else 0),
-        "persistent parameters": item * sum(job.model.tensors[one] for one in job.persistent) if job.world > 1 else 0,
+        "persistent parameters": item * sum(job.model.tensors[one] for one in job.persistent) if job.gathers else 0,
         "buckets": item * size,
     }
     peak = passing.peak
@@ -718,6 +728,7 @@ class _ShardedPass:
         self.live: set[int] = set(job.persistent)
         self.passed: dict[int, int] = {}  # the last use of a tensor that the prefetcher has gone by
         self.flights: list[_Flight] = []
+        self.leaving: set[int] = set()
 
     def run(self) -> None:
         for event in self.job.model.cast:
@@ -725,7 +736,7 @@ class _ShardedPass:
             self.level = event.level
             if isinstance(event, Gradient):
                 self._reduce(event.tensor)
-            elif self.job.world > 1:
+            elif self.job.gathers:
                 self._use(event.tensors)
             self._see()
         self._flush()
@@ -738,13 +749,20 @@ class _ShardedPass:
         world = self.job.world
         return self.job.item * sum(world * math.ceil(self.job.model.tensors[one] / world) for one in tensors)
 
+    def _copies(self, tensors: Iterable[int]) -> int:
+        """Bytes of the own shares, copied from the host's memory to the GPU to be gathered from there."""
+        if self.job.rung.params_on == "gpu" or self.job.cluster.cpu or self.job.world == 1:
+            return 0
+        return self._whole(tensors) // self.job.world
+
     def _use(self, tensors: tuple[int, ...]) -> None:
         if self.step:
             self._release(self.step - 1)
         wanted = {one for one in tensors if one not in self.live}
         self.live |= wanted
         self._tell()
-        self._see({"gathering": self._whole(wanted) if len(wanted) > 1 else 0})
+        flat = self._whole(wanted) if len(wanted) > 1 and self.job.world > 1 else 0
+        self._see({"gathering": flat + self._copies(wanted)})
         self._land(tensors)
         self._prefetch()
         self._tell()
@@ -774,24 +792,32 @@ class _ShardedPass:
                 ahead.add(one)
                 self.live.add(one)
                 count += sizes[one]
-        if len(ahead) > 1:
+        if len(ahead) > 1 and self.job.world > 1:
             self.flights.append(_Flight(bytes=self._whole(ahead), pending=ahead))
 
     def _release(self, step: int) -> None:
-        """Let go of what a module used, unless it is used again soon, or the prefetcher counts on it."""
+        """Let go of what a module used, unless it is used again soon, or the prefetcher counts on it.
+
+        On a GPU it is only free when the streams that read it have come so far (`Tensor.record_stream`), while the
+        program has gone on: it is counted until the next module is done.
+        """
+        let_go = set()
         for one in self.uses[step]:
             distance = self.next[step].get(one)
             if one in self.job.persistent or self.passed.get(one, -1) > self.step:
                 continue
             if distance is None or distance >= self.job.recipe.max_reuse_distance:
-                self.live.discard(one)
+                let_go.add(one)
+        self.live -= let_go
+        if let_go and not self.job.cluster.cpu:
+            self.leaving = let_go
 
     def _tell(self) -> None:
         """What flies lies in its buffer; what has landed in its copies, beside the buffer."""
         flying = sum(flight.bytes for flight in self.flights)
         in_air = {one for flight in self.flights if not flight.landed for one in flight.pending}
         self.held["prefetch"] = flying
-        self.held["gathered parameters"] = self._whole(self.live - self.job.persistent - in_air)
+        self.held["gathered parameters"] = self._whole((self.live | self.leaving) - self.job.persistent - in_air)
 
     def _reduce(self, tensor: int) -> None:
         count = self.job.model.tensors[tensor]
@@ -801,9 +827,21 @@ class _ShardedPass:
         self.held["large gradients"] = self.job.item * self.bucket.beside
 
     def _flush(self) -> None:
-        self._see({"reduction": self.job.item * self.bucket.elements})
+        counts = [self.job.model.tensors[one] for one in self.bucket.tensors]
+        alone = len(counts) == 1 and counts[0] % self.job.world == 0  # reduced where it is, not in a flat copy
+        reduction = 0 if alone else self.job.item * self.bucket.elements
+        self._see({"reduction": reduction})
+        if self.job.offloads and counts:
+            largest = math.ceil(max(counts) / self.job.world)
+            self._see({"reduction": reduction, "conversion": self._leaving(largest)})
         self.bucket.empty()
         self.held["large gradients"] = 0
+
+    def _leaving(self, count: int) -> int:
+        """Bytes of one gradient's share on its way to the host: its copy, and its norm in fp64, then itself in fp32."""
+        item = self.job.item
+        copy = 0 if self.job.cluster.cpu else item * count
+        return copy + max(NORM * min(count, NORM_CHUNK), MASTER * count if item != MASTER else 0)
 
 
 def _next_uses(uses: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> list[dict[int, int]]:

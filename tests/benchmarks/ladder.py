@@ -31,7 +31,7 @@ from queue import SimpleQueue
 from subprocess import Popen
 from typing import Any
 
-from launcher.memory import Cluster, Host, Place, Recipe, Rung, Weight, weigh
+from launcher.memory import STAGE_3, Cluster, Host, Place, Recipe, Rung, Weight, weigh
 from launcher.model import Model, read_simulation
 from tests.testbed import training
 
@@ -222,12 +222,15 @@ def runs(
 def row(configuration: Configuration, rung: Rung, weight: Weight, measured: list[dict[str, Any]]) -> Row:
     """What was predicted beside what was measured of the process that took the most."""
     places: tuple[Place, ...] = ("gpu",) if configuration.processes == 1 else ("gpu", "cpu")
-    hidden = sum(part.bytes for part in weight.parts if rung.stage == 0 and part.name == "buckets")  # DDP's, in C++
+    buckets = sum(part.bytes for part in weight.parts if part.name == "buckets" and part.lasting)
+    # DDP's are no tensors of Python; ZeRO-3's has its whole size, of which a CPU pays for what is filled.
+    whole = Recipe(precision=configuration.question["precision"]).item * configuration.recipe["reduce_bucket_size"]
+    kept = {0: 0, STAGE_3: whole}.get(rung.stage, buckets)
     return Row(
         configuration=configuration,
         rung=rung,
         states=(
-            sum(map(weight.states, places)) - hidden,
+            sum(map(weight.states, places)) - buckets + kept,
             max(one["states"] for one in measured),
         ),
         peak=(sum(map(weight.on, places)), max(one["peak"] for one in measured)),

@@ -139,6 +139,20 @@ def test_zero_1_keeps_all_gradients_until_backward_ends() -> None:
     }
 
 
+def test_zero_1_keeps_its_bucket_until_the_step_is_done() -> None:
+    quiet = Model(tensors=(4,) * 400, trained=(True,) * 400, cast=(Gradient(tensor=0, peak=0, level=0),), autocast=())
+    recipe = dataclasses.replace(SMALL, reduce_bucket_size=2000, precision="bf16", optimizer="adamw")
+    told = parts(weighed(Rung(stage=1), recipe, quiet))
+    assert (told["buckets"], told["own gradients"], told["step"]) == (2 * 2000, 2 * 800, (2 + 4) * 800)
+    assert "buckets" not in parts(weighed(Rung(stage=2), recipe, quiet))
+
+
+def test_one_process_reduces_a_large_gradient_where_it_is() -> None:
+    recipe = dataclasses.replace(SMALL, optimizer="fusedadam", precision="bf16")
+    told = parts(weighed(Rung(stage=1), recipe, at_the_end(1, 2, 0, after=10**6), gpus=1))
+    assert "reduction" not in told
+
+
 def test_zero_2_lets_gradients_go_as_they_come() -> None:
     recipe = dataclasses.replace(SMALL, optimizer="fusedadam", precision="bf16", reduce_bucket_size=2000)
     weight = weighed(Rung(stage=2), recipe, at_the_end(1, 2, 0))
@@ -238,12 +252,13 @@ def test_at_full_precision_there_are_master_weights_too() -> None:
 def test_with_a_short_reuse_distance_a_module_is_let_go_of() -> None:
     recipe = dataclasses.replace(SMALL, optimizer="sgd", max_reuse_distance=0, persistence_threshold=0)
     events = tuple(Use(tensors=tensors, peak=0, level=10**6) for tensors in ((0,), (1,), (0,), ()))
-    told = parts(weighed(Rung(stage=3), recipe, dataclasses.replace(MODEL, cast=events)))
+    model = dataclasses.replace(MODEL, cast=events)
+    told = parts(weighed(Rung(stage=3), recipe, model, cpu=True))
     assert told["gathered parameters"] == 4 * 1000
+    # A GPU may still be reading the module before.
+    assert parts(weighed(Rung(stage=3), recipe, model))["gathered parameters"] == 4 * 1600
     kept = dataclasses.replace(recipe, max_reuse_distance=601)
-    assert (
-        parts(weighed(Rung(stage=3), kept, dataclasses.replace(MODEL, cast=events)))["gathered parameters"] == 4 * 1600
-    )
+    assert parts(weighed(Rung(stage=3), kept, model, cpu=True))["gathered parameters"] == 4 * 1600
 
 
 def test_tensors_gathered_together_come_in_one_buffer() -> None:
@@ -259,7 +274,7 @@ def test_what_is_prefetched_lies_in_its_buffer_until_all_of_it_was_used() -> Non
     )
     events = tuple(Use(tensors=tensors, peak=0, level=0) for tensors in ((0,), (1,), (2,), ()))
     model = Model(tensors=(10, 6000, 3000), trained=(True, True, True), cast=events, autocast=events)
-    told = parts(weighed(Rung(stage=3), recipe, model))
+    told = parts(weighed(Rung(stage=3), recipe, model, cpu=True))
     # The second has been copied out of the buffer of both, the third not yet.
     assert (told["gathered parameters"], told["prefetch"]) == (4 * 9000, 4 * 9000)
 
@@ -277,6 +292,39 @@ def test_one_process_gathers_nothing() -> None:
     told = parts(weighed(Rung(stage=3), gpus=1))
     assert "gathered parameters" not in told
     assert "persistent parameters" not in told
+
+
+def test_one_process_fetches_what_lies_on_the_host() -> None:
+    recipe = dataclasses.replace(SMALL, precision="bf16", optimizer="fusedadam")
+    told = parts(weighed(Rung(stage=3, optimizer_on="cpu", params_on="cpu"), recipe, loud(), gpus=1))
+    # Whole tensors, one by one: nothing is gathered from others into a flat buffer.
+    assert (told["gathered parameters"], told["persistent parameters"]) == (2 * 1600, 2 * 6)
+    assert "gathering" not in told
+
+
+def test_shares_on_the_host_are_copied_to_be_gathered() -> None:
+    recipe = dataclasses.replace(SMALL, optimizer="sgd", persistence_threshold=0)
+    events = (Use(tensors=(1, 2), peak=0, level=0), Use(tensors=(), peak=0, level=0))
+    model = dataclasses.replace(MODEL, tensors=(0, 6000, 60), trained=(True, True, True), cast=events)
+    offloaded = Rung(stage=3, optimizer_on="cpu", params_on="cpu")
+    assert parts(weighed(offloaded, recipe, model))["gathering"] == 4 * 6060 + 4 * 3030
+
+
+def test_an_offloaded_gradient_is_copied_and_measured_on_its_way() -> None:
+    recipe = dataclasses.replace(SMALL, precision="bf16", optimizer="fusedadam", reduce_bucket_size=2000)
+    offloaded = Rung(stage=3, optimizer_on="cpu")
+    told = parts(weighed(offloaded, recipe, at_the_end(1, 2, 0, after=10**6)))
+    # All three in one bucket; the largest one's half of 500: in bf16, and its norm in fp64.
+    assert (told["reduction"], told["conversion"]) == (2 * 1606, 2 * 500 + 8 * 500)
+
+
+def test_a_gradient_that_comes_alone_is_reduced_where_it_is() -> None:
+    recipe = dataclasses.replace(SMALL, optimizer="sgd", reduce_bucket_size=100)
+    alone = dataclasses.replace(MODEL, cast=(Gradient(tensor=0, peak=0, level=10**6),))
+    told = parts(weighed(Rung(stage=3), recipe, alone))
+    assert (told["large gradients"], "reduction" in told) == (4 * 1000, False)
+    # Among three processes it has to be padded, in a copy.
+    assert parts(weighed(Rung(stage=3), recipe, alone, gpus=3))["reduction"] == 4 * 1000
 
 
 def test_a_gradient_larger_than_the_bucket_stays_beside_it() -> None:
