@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.oracle.running import INSIDE, run, run_on
 
@@ -43,15 +44,30 @@ def test_the_script_does_not_train_under_deepspeed() -> None:
     assert source.index("== DistributedType.DEEPSPEED:\n        return") < source.index("training_check(")
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_every_check_passes_on_machines_that_share_no_folder(tmp_path: Path, stage: int) -> None:
-    ran = run_on([tmp_path / "one", tmp_path / "two"], TRIAL, stage=stage)
+def test_the_check_of_tensors_is_for_two_processes() -> None:
+    from accelerate import PartialState
+
+    third = PartialState.__new__(PartialState)
+    third.__dict__.update(_cpu=True, num_processes=3, process_index=2)
+    with third.split_between_processes(torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])) as results:
+        assert results.shape == (0, 4), "where it is (1, 4), trial.py may make the check"
+
+
+DEALING = {"dl_preparation_check", "central_dl_preparation_check"}
+
+
+@pytest.mark.parametrize(("stage", "processes"), [(0, 2), (3, 3)])
+def test_every_check_passes_on_machines_that_share_no_folder(tmp_path: Path, stage: int, processes: int) -> None:
+    machines = [tmp_path / str(number) for number in range(processes)]
+    ran = run_on(machines, TRIAL, stage=stage, processes=processes)
     for one in ran:
         assert one.code == 0, one.text
         passed = re.findall(r"^ok ([\w, ]+) \(", one.text, re.M)
-        assert ("training_under_deepspeed" in passed) == (stage == 3)
+        assert "training" in passed
         assert ("training_check" in passed) == (stage == 0)
         assert "process_execution_check" not in passed
+        left_out = set(re.findall(r"^left out (\w+): it", one.text, re.M))
+        assert left_out == (set() if processes == 2 else {"test_split_between_processes_tensor", *DEALING})
         assert f"passed {len(passed)} checks" in one.text
 
 
