@@ -9,6 +9,7 @@ it carries standard input and terminals over any transport.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -97,13 +98,15 @@ class DockerEngine:
         self._transport = transport
         self._timeout = timeout
         self._made: _Client | None = None
+        self._making = threading.Lock()  # a second client, made beside the first, would leave its channel open
 
     @property
     def _client(self) -> Any:
-        if self._made is None:
-            with self._translated("connect"):
-                self._made = _Client(self._transport, self._timeout)
-        return self._made
+        with self._making:
+            if self._made is None:
+                with self._translated("connect"):
+                    self._made = _Client(self._transport, self._timeout)
+            return self._made
 
     def version(self) -> str:
         with self._translated("version"):
