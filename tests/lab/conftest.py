@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(item.path).is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.lab)
             item.add_marker(pytest.mark.timeout(1800))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """End what a failed test has left running: the next one would find its nodes taken, and fail as well."""
+    report = yield
+    user = getattr(item, "funcargs", {}).get("user")
+    if report.failed and report.when == "call" and isinstance(user, User):
+        user.launcher("stop")
+    return report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
