@@ -67,8 +67,7 @@ def prepare(
     seen = look(now, tag=tag, keep=not dry_run)
     refuse_foreign(seen.found)
     first = seen.facts[now.inventory.nodes[0].name]
-    wanted = port or now.inventory.master_port
-    meeting = choose_port(wanted, first, seed=run_id) if any_port else wanted
+    meeting = choose_port(first, seed=run_id) if any_port else port or now.inventory.master_port
     found = checks.findings(now.inventory, seen.facts, port=meeting, nvme=zero.needs_nvme(job))
     for finding in checks.judge(found, ignored=ignored):
         now.voice.warn(finding)

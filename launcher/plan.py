@@ -6,6 +6,7 @@ Pure: the run id, the snapshot's digest and the facts are arguments; the same ar
 from __future__ import annotations
 
 import ipaddress
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -231,10 +232,11 @@ def _nic_of(address: str, facts: NodeFacts) -> str:
     return next((nic.name for nic in facts.nics if address in nic.addresses), "")
 
 
-def choose_port(wanted: int, facts: NodeFacts, *, seed: str) -> int:
-    """`wanted` if it is free on rank 0's machine, else a free one that the seed (the run id) picks."""
+def choose_port(facts: NodeFacts, *, seed: str) -> int:
+    """A port that is free on rank 0's machine, and below those that Linux deals out itself (from 32768).
+
+    The seed (the run id) decides where the search begins, so that two runs that start at once take two.
+    """
     taken = {listener.port for listener in facts.listeners}
-    if wanted not in taken:
-        return wanted
-    start = 20000 + sum(seed.encode()) * 7919 % 10000
+    start = 20000 + zlib.crc32(seed.encode()) % 10000
     return next(port for port in range(start, start + 20000) if port not in taken)

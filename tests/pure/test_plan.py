@@ -204,14 +204,14 @@ def test_an_address_of_no_interface_leaves_it_open() -> None:
     assert [one.nic for one in planned(inventory.model_copy(update={"nodes": nodes}), facts).nodes] == ["", ""]
 
 
-def test_a_free_port_is_kept_and_a_taken_one_is_replaced_for_everybody_alike() -> None:
+def test_runs_that_start_at_once_take_different_free_ports() -> None:
     free = given.facts()
-    taken = replace(free, listeners=(Listener(port=29500),))
-    assert choose_port(29500, free, seed="run-1") == 29500
-    other = choose_port(29500, taken, seed="run-1")
-    assert other == choose_port(29500, taken, seed="run-1")
-    assert 20000 <= other < 50000
-    assert choose_port(29500, replace(taken, listeners=(*taken.listeners, Listener(port=other))), seed="run-1") != other
+    first = choose_port(free, seed="20261126-170512-a01b")
+    assert first == choose_port(free, seed="20261126-170512-a01b")
+    assert 20000 <= first < 32768
+    assert choose_port(free, seed="20261126-170512-b01a") != first
+    taken = replace(free, listeners=(Listener(port=first),))
+    assert choose_port(taken, seed="20261126-170512-a01b") != first
 
 
 def test_the_port_is_the_inventorys_unless_another_is_given() -> None:
