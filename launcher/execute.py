@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 import re
 import secrets as random
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -78,12 +81,30 @@ def prepare(
         zero.check(job, accelerator=now.inventory.accelerator)
     named = any(node.paths.checkpoints for node in now.inventory.nodes)  # it may be a shared folder
     job = zero.settled(job, nodes=len(now.inventory.nodes), shared=named)
-    plan = make_plan(now.inventory, job, seen.facts, run_id=run_id, image=tag, code=snapshot.digest, port=meeting)
+    plan = make_plan(
+        now.inventory,
+        job,
+        seen.facts,
+        run_id=run_id,
+        image=tag,
+        code=snapshot.digest,
+        port=meeting,
+        operator=_operator(),
+    )
     for warning in _warnings(plan):
         now.voice.say(f"warning: {warning}")
     done, todo = base or _bring_up(now, seen, tag=tag, dry_run=dry_run)
     plan = replace(plan, image=done.plan.image)
     return Launch(plan=plan, seen=seen, tag=tag, snapshot=snapshot, todo=todo)
+
+
+def _operator() -> str:
+    """Who runs this command, and on which machine."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no name for this uid, as in a container
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def _bring_up(now: Session, seen: Seen, *, tag: str, dry_run: bool) -> tuple[Converged, tuple[str, ...]]:

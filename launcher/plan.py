@@ -70,6 +70,7 @@ class Plan:
     job: Job
     devices: tuple[str, ...]
     ulimits: tuple[tuple[str, int], ...]
+    operator: str = ""
 
     @property
     def master(self) -> str:
@@ -91,10 +92,11 @@ def make_plan(
     run_id: str = "",
     code: str = "",
     port: int | None = None,
+    operator: str = "",
 ) -> Plan:
     """Who does what, where. `port` is where the processes meet (default: the inventory's).
 
-    `run_id` and `code` (the snapshot's digest) are empty for what is no run: the plan of `up`.
+    `run_id`, `code` (the snapshot's digest) and `operator` are empty for what is no run: the plan of `up`.
     """
     nodes = tuple(
         _node_plan(inventory, node, facts[node.name], rank=rank, run_id=run_id, code=code)
@@ -112,6 +114,7 @@ def make_plan(
         job=job,
         devices=tuple(inventory.container.devices),
         ulimits=tuple(sorted(inventory.container.ulimits.items())),
+        operator=operator,
     )
 
 

@@ -18,6 +18,7 @@ from cluster.container import (
     LABEL_DETACHED,
     LABEL_GRACE,
     LABEL_NODE,
+    LABEL_OPERATOR,
     LABEL_OUT,
     LABEL_OWNER,
     LABEL_PLAN,
@@ -199,6 +200,7 @@ def run_container(plan: Plan, node: NodePlan) -> ContainerSpec:
         argv=("python3", f"{node.job.files}/agent.py", f"{node.job.files}/run.json"),
         labels={
             LABEL_RUN: plan.run,
+            LABEL_OPERATOR: plan.operator,
             LABEL_RANK: str(node.rank),
             LABEL_OUT: node.host.out,
             LABEL_GRACE: str(plan.job.grace),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import tarfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from cluster.command import Command
 from cluster.container import (
     LABEL_CLUSTER,
+    LABEL_OPERATOR,
     LABEL_ROLE,
     LABEL_RUN,
     Container,
@@ -28,11 +31,20 @@ def refuse_foreign(found: Mapping[str, tuple[Container, ...]]) -> None:
     for node, containers in found.items():
         for one in containers:
             if one.labels.get(LABEL_ROLE) == render.ROLE_RUN and one.is_live:
-                raise LockedError(
-                    f"run {one.labels.get(LABEL_RUN)} is under way (container {one.name})",
-                    where=f"node {node}",
-                    next_step="launcher attach to watch it, launcher stop to end it",
-                )
+                raise _held(node, one)
+
+
+def _held(node: str, by: Container) -> LockedError:
+    """Who has the node, from which machine, since when: a run's id begins with its time, in UTC."""
+    run = by.labels.get(LABEL_RUN, "")
+    who = f", started by {by.labels[LABEL_OPERATOR]}" if by.labels.get(LABEL_OPERATOR) else ""
+    with suppress(ValueError):
+        who += time.strftime(", since %Y-%m-%d %H:%M:%S UTC", time.strptime(run[:15], "%Y%m%d-%H%M%S"))
+    return LockedError(
+        f"run {run} is under way{who} (container {by.name})",
+        where=f"node {node}",
+        next_step="launcher attach to watch it, launcher stop to end it",
+    )
 
 
 def start_run(machines: Sequence[Machine], plan: Plan, secrets: Mapping[str, str]) -> Mapping[str, str]:
@@ -78,9 +90,12 @@ def _create(machine: Machine, spec: ContainerSpec) -> str:
     try:
         return machine.engine.create(spec)
     except LockedError as taken:
-        stale = [one for one in machine.engine.find(render.kin(spec)) if one.state is ContainerState.ENDED]
+        holders = machine.engine.find(render.kin(spec))
+        stale = [one for one in holders if one.state is ContainerState.ENDED]
         for one in stale:
             machine.engine.remove(one.id)
+        if holders and not stale:
+            raise _held(machine.name, holders[0]) from taken
         if not stale:
             taken.next_step = "launcher attach to watch the run that holds it, launcher down to remove what was left"
             raise

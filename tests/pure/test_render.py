@@ -29,7 +29,7 @@ WRITE = os.environ.get("LAUNCHER_GOLDEN") == "write"
 def plan_of(job: Job, inventory: Inventory | None = None, **facts: Any) -> Plan:
     inventory = inventory or given.inventory()
     known = given.all_facts(inventory, **facts)
-    return make_plan(inventory, job, known, image="sha256:feed", run_id="run-1", code="c0de")
+    return make_plan(inventory, job, known, image="sha256:feed", run_id="run-1", code="c0de", operator="anna@laptop")
 
 
 TRAIN = Job(script="train.py")
