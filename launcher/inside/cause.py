@@ -54,7 +54,8 @@ def node_end(report: Report) -> str:
     if report["code"] == 0:
         return ""
     failures = sorted(_each([report]), key=_earliest)
-    if failures and not is_echo(*failures[0]):
+    told = report["stopped"] and all(failure["signal"] == "SIGTERM" for _, failure in failures)
+    if failures and not told and not is_echo(*failures[0]):
         failure = failures[0][1]
         rank = "" if failure["rank"] is None else f"rank {failure['rank']}: "
         return f"{rank}{OOM if report['oom'] else how(failure)}"

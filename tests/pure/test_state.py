@@ -234,6 +234,8 @@ def test_a_long_message_becomes_one_short_line() -> None:
         (end("gpu-01", code=137, oom=True), "out of memory: the kernel killed it at the container's limit"),
         (end("gpu-01", failure(message=PEER)), ECHOED),
         (end("gpu-01", code=143, stopped=True), ECHOED),
+        (end("gpu-01", failure(signal="SIGTERM"), code=143, stopped=True), ECHOED),
+        (end("gpu-01", failure(rank=3, signal="SIGTERM"), code=143), "rank 3: killed by SIGTERM"),
         (end("gpu-01", lost="lost: no answer, silent for 60 s"), "lost: no answer, silent for 60 s"),
         (end("gpu-01", code=3), "exit 3"),
     ],
