@@ -35,8 +35,8 @@ def pytest_runtest_makereport(
     """End what a failed test has left running: the next one would find its nodes taken, and fail as well."""
     report = yield
     user = getattr(item, "funcargs", {}).get("user")
-    if report.failed and report.when == "call" and isinstance(user, User):
-        user.launcher("stop")
+    if report.failed and isinstance(user, User):
+        user.give_up()
     return report
 
 
@@ -61,10 +61,13 @@ class User:
     home: Path
     inventory: Path
     environment: dict[str, str] = field(default_factory=dict)
+    begun: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    earlier: set[Path] = field(default_factory=set)
 
     def begin(self, *argv: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[bytes]:
         """Start a command in a session of its own: a signal reaches it and nobody else."""
-        return subprocess.Popen(
+        self.earlier = set(self._logs())
+        running = subprocess.Popen(
             [sys.executable, "-m", "launcher.cli", *argv],
             cwd=self.home,
             env={**os.environ, **self.environment, "LAUNCHER_STATE": str(self.home / ".state"), **environment},
@@ -73,6 +76,24 @@ class User:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        self.begun.append(running)
+        return running
+
+    def _logs(self) -> Iterator[Path]:
+        return (self.home / ".state").rglob("logs/*.log")
+
+    def heard(self, said: bytes, *, node: str = "*") -> int:
+        """How often this is in the logs of what has begun since the last command did."""
+        logs = set(self._logs()) - self.earlier
+        return sum(path.read_bytes().count(said) for path in logs if path.match(f"{node}.log"))
+
+    def give_up(self) -> None:
+        """End whatever commands are still there, and the run that they have left."""
+        for running in self.begun:
+            if running.poll() is None:
+                os.killpg(running.pid, signal.SIGKILL)
+                running.communicate()
+        self.launcher("stop")
 
     def launcher(self, *argv: str, environment: Mapping[str, str] = {}) -> Said:
         """Run a command to its end."""

@@ -63,15 +63,8 @@ def test_test_runs_in_plain_training_and_answers_in_json(lab: testbed.Lab, user:
 
 def test_the_node_that_fails_the_test_is_told_from_those_that_had_to_stop(lab: testbed.Lab, user: User) -> None:
     victim = lab.machines[1].name
-    logs = user.home / ".state"
-    earlier = set(logs.glob(f"**/logs/{victim}.log"))
     running = user.begin("test", "--stage", "1")
-    eventually(
-        lambda: any(
-            b" ok init_state_check" in path.read_bytes() for path in set(logs.glob(f"**/logs/{victim}.log")) - earlier
-        ),
-        "the first check",
-    )
+    eventually(lambda: user.heard(b" ok init_state_check", node=victim) > 0, "the first check")
     testbed.run(victim, "sh", "-c", killed(3))
     said = user.end(running)
     assert said.code == 1, said.err

@@ -124,10 +124,7 @@ def test_an_offloaded_run_swaps_to_the_nodes_nvme(lab: testbed.Lab, user: User) 
 def test_a_killed_rank_ends_the_run_and_is_named(lab: testbed.Lab, user: User) -> None:
     running = user.begin("run", "jobs/work.py")
     victim = lab.machines[1].name
-    log = user.home / ".state"
-    eventually(
-        lambda: any(b"step 3 of 6" in path.read_bytes() for path in log.rglob("logs/*.log")), "the job's third step"
-    )
+    eventually(lambda: user.heard(b"step 3 of 6") > 0, "the job's third step")
     testbed.run(victim, "sh", "-c", killed(3))
     said = user.end(running)
     assert said.code == 1, said.err
@@ -243,12 +240,7 @@ def test_a_job_has_the_grace_that_it_was_given(user: User) -> None:
         "signal.signal(signal.SIGTERM, end)\nprint('ready', flush=True)\ntime.sleep(600)\n"
     )
     running = user.begin("run", "--grace", "40", "jobs/slow.py")
-
-    def ready() -> bool:
-        logs = (user.home / ".state").rglob("logs/*.log")
-        return sum(path.read_bytes().count(b" ready\n") for path in logs) == 6
-
-    eventually(ready, "all six processes")
+    eventually(lambda: user.heard(b" ready\n") == 6, "all six processes")
     os.killpg(running.pid, signal.SIGINT)
     said = user.end(running)
     assert (said.code, said.out.count("| saved")) == (130, 6), said.out + said.err
