@@ -10,6 +10,7 @@ LABEL_OWNER = "launcher.owner"  # the login name on the node: what another one s
 LABEL_NODE = "launcher.node"
 LABEL_ROLE = "launcher.role"  # "node": idle, one per machine; "run": one launch
 LABEL_RUN = "launcher.run"
+LABEL_STARTER = "launcher.starter"  # the process that starts the run: when it is gone too early, nobody will
 LABEL_OPERATOR = "launcher.operator"  # who started the run, and from which machine: user@host
 LABEL_RANK = "launcher.rank"
 LABEL_OUT = "launcher.out"  # where on the node a run's log is

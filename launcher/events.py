@@ -28,6 +28,7 @@ class RunBegan(Event):
     nodes: tuple[str, ...]
     world_size: int
     command: tuple[str, ...]
+    starter: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

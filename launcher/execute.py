@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 import re
 import secrets as random
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.container import LABEL_DETACHED, LABEL_OUT, LABEL_RUN, Container
-from cluster.errors import InputError
+from cluster.container import LABEL_DETACHED, LABEL_OUT, LABEL_RUN, Container, ContainerState
+from cluster.errors import CommandError, InputError
 from cluster.fleet import Machine, each
-from launcher import checks, ladder, render, zero
+from launcher import checks, ladder, operator, render, zero
 from launcher.converge import Converged, converge, image_tag, told
 from launcher.events import CodeArrived, NodeEnded, NodeStarted, RunBegan, RunEnded, StageBegan
 from launcher.job import Job
 from launcher.ladder import Question
 from launcher.plan import Plan, choose_port, make_plan, node_root
 from launcher.record import RunRecord
-from launcher.session import Seen, Session, find_ours, live_run, look, ours
+from launcher.session import LOOK_DEADLINE, Seen, Session, find_ours, live_run, look, ours
 from launcher.snapshot import Snapshot
 from launcher.stages.code import send_code
 from launcher.stages.evidence import fetch_evidence
@@ -33,8 +30,10 @@ from launcher.stages.prepare import put_run
 from launcher.stages.start import refuse_foreign, start_run
 from launcher.stages.tidy import tidy
 from launcher.stages.watch import Detached, Watched, watch
+from launcher.state import INTERRUPTED
 
 # The script of `launcher test`. It is a snapshot of its own: of the user's code nothing is needed.
+START_DEADLINE = 60.0  # seconds from a container that was made to its start, by the launcher that is starting the run
 INSIDE, TRIAL = Path(__file__).parent / "inside", "trial.py"
 
 
@@ -89,22 +88,14 @@ def prepare(
         image=tag,
         code=snapshot.digest,
         port=meeting,
-        operator=_operator(),
+        operator=operator.name(),
+        starter=operator.starter(),
     )
     for warning in _warnings(plan):
         now.voice.say(f"warning: {warning}")
     done, todo = base or _bring_up(now, seen, tag=tag, dry_run=dry_run)
     plan = replace(plan, image=done.plan.image)
     return Launch(plan=plan, seen=seen, tag=tag, snapshot=snapshot, todo=todo)
-
-
-def _operator() -> str:
-    """Who runs this command, and on which machine."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # no name for this uid, as in a container
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
 
 
 def _bring_up(now: Session, seen: Seen, *, tag: str, dry_run: bool) -> tuple[Converged, tuple[str, ...]]:
@@ -141,6 +132,7 @@ def start(
             nodes=tuple(node.name for node in plan.nodes),
             world_size=plan.world_size,
             command=(plan.job.script, *plan.job.args),
+            starter=plan.starter,
         )
     )
     nodes = {node.name: node for node in plan.nodes}
@@ -290,16 +282,55 @@ def stop(now: Session) -> RunEnded | None:
     if run_id is None:
         found.all_or_raise()
         return None
-    containers = _of_run(found.good, run_id)
+    record = now.memory.run(run_id)
+    containers = _without_unstarted(now, _of_run(found.good, run_id))
 
     def end(machine: Machine) -> None:
         one = containers[machine.name]
         machine.engine.stop(one.id, grace=render.engine_grace(one.labels))
 
     each([machine for machine in now.machines if machine.name in containers], end).all_or_raise()
-    ended = _follow_found(now, containers, now.memory.run(run_id), show=lambda _node, _line: None, own=True)
+    if containers:
+        ended = _follow_found(now, containers, record, show=lambda _node, _line: None, own=True)
+    else:
+        ended = RunEnded(time=time.time(), code=INTERRUPTED, cause="it had not been started")
+        record.emit(ended)
     found.all_or_raise()
     return ended
+
+
+def _without_unstarted(now: Session, containers: Mapping[str, Container]) -> Mapping[str, Container]:
+    """Remove those that were made and not started: they have no end to wait for."""
+    unstarted = {node: one for node, one in containers.items() if one.state is ContainerState.CREATED}
+    there = [machine for machine in now.machines if machine.name in unstarted]
+    each(there, lambda machine: machine.engine.remove(unstarted[machine.name].id)).all_or_raise()
+    return {node: one for node, one in containers.items() if node not in unstarted}
+
+
+def _await_start(now: Session, containers: Mapping[str, Container]) -> None:
+    """Wait for what was made to be started; `CommandError` when nobody will."""
+    end = time.monotonic() + START_DEADLINE
+    waiting = {node: one for node, one in containers.items() if one.state is ContainerState.CREATED}
+    while waiting:
+        node, one = next(iter(waiting.items()))
+        gone = operator.never_starts(one)
+        if gone or time.monotonic() > end:
+            why = "the launcher that began it is gone" if gone else f"it has been ready for {START_DEADLINE:.0f} s"
+            raise CommandError(
+                node,
+                f"run {one.labels[LABEL_RUN]} was not started there: {why}",
+                next_step="launcher stop clears it away",
+            )
+        time.sleep(0.5)
+        there = [machine for machine in now.machines if machine.name in waiting]
+        found = each(there, lambda machine: machine.engine.find(ours(now, machine)), deadline=LOOK_DEADLINE).good
+        ids = {one.id for one in waiting.values()}
+        waiting = {
+            node: one
+            for node, ones in found.items()
+            for one in ones
+            if one.id in ids and one.state is ContainerState.CREATED
+        }
 
 
 def abandon(now: Session, plan: Plan) -> None:
@@ -323,6 +354,7 @@ def _follow_found(
     now: Session, containers: Mapping[str, Container], record: RunRecord, *, show: Show, own: bool = False
 ) -> RunEnded:
     """Come back to a run: show what is mirrored here, then go on from there."""
+    _await_start(now, containers)
     shown = record.mirrored()
     _print(record, shown, show)
     parts = [

@@ -71,6 +71,7 @@ class Plan:
     devices: tuple[str, ...]
     ulimits: tuple[tuple[str, int], ...]
     operator: str = ""
+    starter: str = ""
 
     @property
     def master(self) -> str:
@@ -93,10 +94,11 @@ def make_plan(
     code: str = "",
     port: int | None = None,
     operator: str = "",
+    starter: str = "",
 ) -> Plan:
     """Who does what, where. `port` is where the processes meet (default: the inventory's).
 
-    `run_id`, `code` (the snapshot's digest) and `operator` are empty for what is no run: the plan of `up`.
+    `run_id`, `code` (the snapshot's digest), `operator` and `starter` are empty for what is no run: the plan of `up`.
     """
     nodes = tuple(
         _node_plan(inventory, node, facts[node.name], rank=rank, run_id=run_id, code=code)
@@ -115,6 +117,7 @@ def make_plan(
         devices=tuple(inventory.container.devices),
         ulimits=tuple(sorted(inventory.container.ulimits.items())),
         operator=operator,
+        starter=starter,
     )
 
 

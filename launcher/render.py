@@ -25,6 +25,7 @@ from cluster.container import (
     LABEL_RANK,
     LABEL_ROLE,
     LABEL_RUN,
+    LABEL_STARTER,
     ContainerSpec,
     Mount,
 )
@@ -201,6 +202,7 @@ def run_container(plan: Plan, node: NodePlan) -> ContainerSpec:
         labels={
             LABEL_RUN: plan.run,
             LABEL_OPERATOR: plan.operator,
+            LABEL_STARTER: plan.starter,
             LABEL_RANK: str(node.rank),
             LABEL_OUT: node.host.out,
             LABEL_GRACE: str(plan.job.grace),

@@ -19,6 +19,7 @@ class RunState:
     nodes: tuple[str, ...] = ()
     world_size: int = 0
     command: tuple[str, ...] = ()
+    starter: str = ""
     phase: str = "planned"
     began: float = 0.0
     ended: float | None = None
@@ -48,6 +49,7 @@ def after(state: RunState, event: Event) -> RunState:
             nodes=event.nodes,
             world_size=event.world_size,
             command=event.command,
+            starter=event.starter,
             began=event.time,
         )
     if isinstance(event, StageBegan):

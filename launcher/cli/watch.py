@@ -28,13 +28,15 @@ def status(cluster: str | None, *, as_json: bool) -> None:
     launcher status
     launcher status --json -c lab
     """
-    from launcher import session
+    from launcher import operator, session
     from launcher.views import text
 
     with opened(cluster) as now:
         answers = session.find_ours(now)
         hosts = {node.name: node.host for node in now.inventory.nodes}
-        rows = text.status_rows(answers.good, hosts, lost={node: error.what for node, error in answers.bad.items()})
+        lost = {node: error.what for node, error in answers.bad.items()}
+        unstarted = [one.id for ones in answers.good.values() for one in ones if operator.never_starts(one)]
+        rows = text.status_rows(answers.good, hosts, lost=lost, unstarted=unstarted)
         runs = now.memory.runs()
         last = runs[-1].state() if runs else None
     if as_json:

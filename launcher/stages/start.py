@@ -20,7 +20,7 @@ from cluster.container import (
 )
 from cluster.errors import CommandError, LockedError
 from cluster.fleet import Machine, each
-from launcher import render
+from launcher import operator, render
 from launcher.plan import Plan
 
 SECRETS_COMPLETE = ".complete"  # the agent waits for this file
@@ -86,12 +86,12 @@ def undo_run(machines: Sequence[Machine], plan: Plan) -> None:
 
 
 def _create(machine: Machine, spec: ContainerSpec) -> str:
-    """Make the container; what an earlier run left of it makes room, if it has ended."""
+    """Make the container; what an earlier run left of it makes room, if it has ended or will never start."""
     try:
         return machine.engine.create(spec)
     except LockedError as taken:
         holders = machine.engine.find(render.kin(spec))
-        stale = [one for one in holders if one.state is ContainerState.ENDED]
+        stale = [one for one in holders if _is_stale(one)]
         for one in stale:
             machine.engine.remove(one.id)
         if holders and not stale:
@@ -100,6 +100,10 @@ def _create(machine: Machine, spec: ContainerSpec) -> str:
             taken.next_step = "launcher attach to watch the run that holds it, launcher down to remove what was left"
             raise
         return machine.engine.create(spec)
+
+
+def _is_stale(one: Container) -> bool:
+    return one.state is ContainerState.ENDED or operator.never_starts(one)
 
 
 def _hand_over(machine: Machine, container: str, folder: str, secrets: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -106,9 +106,16 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def status_rows(
-    found: Mapping[str, tuple[Container, ...]], hosts: Mapping[str, str], *, lost: Mapping[str, str]
+    found: Mapping[str, tuple[Container, ...]],
+    hosts: Mapping[str, str],
+    *,
+    lost: Mapping[str, str],
+    unstarted: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """One row a node: what stands there of ours; `lost` are those that did not answer, and why."""
+    """One row a node: what stands there of ours; `lost` are those that did not answer, and why.
+
+    `unstarted` are the ids of containers that nobody will start.
+    """
     rows: list[dict[str, Any]] = []
     for node in hosts:
         containers = found.get(node, ())
@@ -120,7 +127,7 @@ def status_rows(
                 "host": hosts[node],
                 "up": bool(idle and idle.is_live),
                 "run": run.labels.get(LABEL_RUN) if run else None,
-                "state": run.state.value if run else None,
+                "state": None if run is None else "never started" if run.id in unstarted else run.state.value,
                 "code": run.code if run else None,
                 "lost": lost.get(node),
             }
@@ -140,6 +147,9 @@ def status_text(cluster: str, rows: Sequence[Mapping[str, Any]], last: RunState 
     lines = [f"cluster {cluster}", table(cells)]
     if last and last.run:
         lines.append(f"last run {last.run}: {state_line(last)}")
+        seen = all(row["run"] is None and not row["lost"] for row in rows)
+        if seen and not last.is_over:
+            lines[-1] += "; nothing of it is left on the nodes"
     return "\n".join(lines)
 
 

@@ -61,8 +61,8 @@ class User:
     home: Path
     inventory: Path
     environment: dict[str, str] = field(default_factory=dict)
-    begun: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    earlier: set[Path] = field(default_factory=set)
+    begun: list[subprocess.Popen[bytes]] = field(default_factory=list, repr=False)
+    earlier: set[Path] = field(default_factory=set, repr=False)
 
     def begin(self, *argv: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[bytes]:
         """Start a command in a session of its own: a signal reaches it and nobody else."""
