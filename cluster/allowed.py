@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, Va
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from cluster.document import Place
+from cluster.errors import InputError
 
 Problem = tuple[Place, str]
 
@@ -63,6 +64,8 @@ PATTERNS = {
     _IMAGE: "must be the name of an image, such as debian:bookworm-slim or registry.example:5000/team/image:1.2",
 }
 
+_DIGEST = re.compile(r"(sha256:)?[0-9a-f]{12,64}")
+
 # We set these for every process.
 _RESERVED = re.compile(
     r"MASTER_ADDR|MASTER_PORT|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NODE_RANK|GROUP_RANK|GROUP_WORLD_SIZE"
@@ -72,6 +75,13 @@ _SECRET = re.compile(
     r".*(?:TOKEN|PASSWORD|PASSWD|PASSPHRASE|SECRET|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIALS?)", re.IGNORECASE
 )
 _LONGEST_VALUE = 100_000  # Linux allows 128 KiB for one "NAME=value"
+
+
+def check_image(name: str) -> str:
+    """The name or digest of an image, as a command names one; `InputError` for what cannot be either."""
+    if not re.fullmatch(_IMAGE, name) and not _DIGEST.fullmatch(name):
+        raise InputError(f"an image {PATTERNS[_IMAGE]}, not {name!r}")
+    return name
 
 
 def _check_host(host: str) -> str:

@@ -155,7 +155,7 @@ def _check_kind(mode: int, path: Path) -> None:
         return
     kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
     kind = next((words for is_kind, words in kinds if is_kind(mode)), "a device")
-    raise InputError(f"this is {kind}, not a file", where=str(path), next_step="give the path of a YAML file")
+    raise InputError(f"this is {kind}, not a file", where=str(path), next_step="give the path of a file")
 
 
 def _decoded(content: bytes, name: str) -> str:

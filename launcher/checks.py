@@ -71,6 +71,16 @@ def findings(
     return (*found, *_differences(inventory, facts))
 
 
+# Every id that a finding can have.
+IDS = frozenset(
+    (
+        *("address", "arch-differs", "checkpoints-on-root", "clock", "disk-full", "docker", "driver-differs"),
+        *("gpu-few", "gpu-none", "gpu-stuck", "memlock", "nic", "nvidia-runtime", "nvme-none", "nvme-on-root"),
+        *("path-kind", "path-missing", "path-read-only", "path-stuck", "port-busy", "rootless-multinode"),
+    )
+)
+
+
 def judge(found: tuple[Finding, ...], *, ignored: tuple[str, ...]) -> tuple[Finding, ...]:
     """The findings that are left to be told; `PreconditionError` when one of them forbids the start."""
     left = tuple(finding for finding in found if finding.id not in ignored)

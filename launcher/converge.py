@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.engine import Engine
-from cluster.errors import ImageError, InputError, NodeError
+from cluster.errors import ImageError, NodeError
 from cluster.facts import NodeFacts
 from cluster.inventory import Inventory
 from launcher import checks, zero
@@ -182,16 +181,14 @@ def _has(engine: Engine, digest: str) -> bool:
 
 def build_here(asked: Mapping[str, object], *, flavour: str, voice: Voice) -> tuple[str, str, bool]:
     """Build the image on this machine; its tag, its digest, and whether anything had to be built."""
+    from cluster.complaints import judge_options
     from cluster.dockerd import DockerEngine
     from cluster.inventory import ImageRecipe
     from cluster.local import LocalTransport
     from launcher.stages.build import build_image, read_recipe
 
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items() if value}
-    try:
-        recipe = read_recipe(ImageRecipe.model_validate_json(json.dumps(given)), "cpu" if flavour == "cpu" else "cuda")
-    except ValueError as error:
-        raise InputError(str(error).splitlines()[-1].strip(), where="launcher image build") from None
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
+    recipe = read_recipe(judge_options(given, ImageRecipe), "cpu" if flavour == "cpu" else "cuda")
     here = DockerEngine(LocalTransport("this machine"))
     try:
         before = here.image_id(recipe.tag)

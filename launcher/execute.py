@@ -65,6 +65,7 @@ def prepare(
     `question` is the model that the ladder is asked about where the job leaves the stage to it.
     """
     zero.check(job, accelerator=now.inventory.accelerator)
+    model = ladder.check_question(question) if job.settings.stage == "auto" else None
     tag = image_tag(now.inventory)
     seen = look(now, tag=tag, keep=not dry_run)
     refuse_foreign(seen.found)
@@ -74,9 +75,9 @@ def prepare(
     for finding in checks.judge(found, ignored=ignored):
         now.voice.warn(finding)
     base: tuple[Converged, tuple[str, ...]] | None = None
-    if job.settings.stage == "auto":
+    if model is not None:
         base = _bring_up(now, seen, tag=tag, dry_run=dry_run)  # the model is tried in the first node's container
-        job = ladder.choose_stage(now, job, seen.facts, question)
+        job = ladder.choose_stage(now, job, seen.facts, model)
         zero.check(job, accelerator=now.inventory.accelerator)
     named = any(node.paths.checkpoints for node in now.inventory.nodes)  # it may be a shared folder
     job = zero.settled(job, nodes=len(now.inventory.nodes), shared=named)

@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.command import Command, Result
 from cluster.container import LABEL_ROLE
+from cluster.document import load_text
 from cluster.errors import ClusterError, CommandError, InputError, NodeError, PreconditionError
 from cluster.facts import NodeFacts
 from cluster.inventory import Inventory
@@ -61,14 +62,23 @@ def plan(
     return model, memory.choose(model, recipe, cluster, asked=asked)
 
 
-def choose_stage(now: Session, job: Job, facts: Mapping[str, NodeFacts], question: Question | None) -> Job:
-    """The job on the lowest rung that fits; `PreconditionError` where none does, `InputError` without a model."""
+def check_question(question: Question | None) -> Question:
+    """The model that `--stage auto` needs; `InputError` where none is named, or its file cannot be read."""
     if question is None:
         raise InputError(
             "which model? The lowest rung that fits depends on it",
             where="--stage auto",
             next_step="add --parameters 7B, --model config.json or --model-from model.py:make",
         )
+    if question.config is not None:
+        read_config(question.config)
+    if question.code is not None:
+        load_text(question.code)
+    return question
+
+
+def choose_stage(now: Session, job: Job, facts: Mapping[str, NodeFacts], question: Question) -> Job:
+    """The job on the lowest rung that fits; `PreconditionError` where none does."""
     machines = read_cluster(now.inventory, facts)
     _, choice = plan(now, question, recipe_of(job), machines, asked=None)
     if choice.chosen is None:
@@ -153,13 +163,13 @@ def _told(question: Question, recipe: Recipe) -> dict[str, Any]:
     if question.config is not None:
         return {**how, "config": read_config(question.config)}
     assert question.code is not None
-    return {**how, "code": _read(question.code), "path": str(question.code), "function": question.function}
+    return {**how, "code": load_text(question.code), "path": str(question.code), "function": question.function}
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """A Hugging Face config.json; `InputError` with its place."""
     try:
-        said = json.loads(_read(path))
+        said = json.loads(load_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"this is not JSON: {error.msg}", where=f"{path}:{error.lineno}:{error.colno}") from None
     if not isinstance(said, dict) or "model_type" not in said:
@@ -169,13 +179,6 @@ def read_config(path: Path) -> dict[str, Any]:
             next_step="give the config.json that lies beside a model's weights, or --model-from FILE:FUNCTION",
         )
     return said
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"this file cannot be read: {error}", where=str(path)) from None
 
 
 def _simulate(now: Session | None, told: bytes, *, where: str) -> Mapping[str, Any]:

@@ -314,7 +314,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)([mgt])(?:i?b)?", re.IGNORECASE)
 def read_size(text: str, *, where: str) -> int:
     """Bytes, in powers of 1024: `80g`, `1.5t`, `512m`."""
     match = _SIZE.fullmatch(text)
-    if not match:
+    if not match or float(match[1]) == 0:
         raise InputError(f"{text!r} is no size", where=where, next_step="such as 80g or 1.5t")
     return int(float(match[1]) * (1 << {"m": 20, "g": 30, "t": 40}[match[2].lower()]))
 

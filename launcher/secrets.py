@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from cluster.document import load_text
 from cluster.errors import InputError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -30,20 +31,29 @@ def read_secrets(names: Iterable[str], *, environment: Mapping[str, str], file: 
 
 
 def _read_file(file: Path) -> dict[str, str]:
-    try:
-        if file.stat().st_mode & 0o077:
-            raise InputError("others can read this file of secrets", where=str(file), next_step=f"chmod 600 {file}")
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the secrets cannot be read: {error}", where=str(file)) from None
-    values = {}
+    lines = load_text(file).splitlines()
+    if file.stat().st_mode & 0o077:
+        raise InputError("others can read this file of secrets", where=str(file), next_step=f"chmod 600 {file}")
+    values: dict[str, str] = {}
+    seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         name, found, value = line.partition("=")
-        if not found or not _NAME.fullmatch(name.strip()):
-            raise InputError("this is no NAME=VALUE line", where=f"{file}:{number}:1")
-        values[name.strip()] = value
+        name = name.strip()
+        if not found or not _NAME.fullmatch(name):
+            raise InputError(
+                "this is no NAME=VALUE line",
+                where=f"{file}:{number}:1",
+                next_step="one a line; letters, digits and _ before the =",
+            )
+        if name in values:
+            raise InputError(
+                f"{name} a second time (first in line {seen[name]})",
+                where=f"{file}:{number}:1",
+                next_step="keep one of them",
+            )
+        values[name], seen[name] = value, number
     return values
 
 

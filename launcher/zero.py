@@ -304,7 +304,7 @@ def check(job: Job, *, accelerator: Accelerator) -> None:
     """Refuse settings that contradict each other or cannot be handed on, by name, before anything starts."""
     for word in (job.script, *job.args, *(value for _, value in job.env)):
         check_word(word)
-    _check_values(job.settings)
+    check_values(job.settings)
     _check_way(job)
     if job.config is None:
         _check_stage(job)
@@ -355,7 +355,8 @@ def _refuse(setting: str, what: str, cure: str) -> None:
     raise PlanError(what, where=option(setting), next_step=cure)
 
 
-def _check_values(settings: Settings) -> None:
+def check_values(settings: Settings) -> None:
+    """Refuse what no setting can be, each by itself."""
     given = settings.given()
     if settings.stage not in (None, "auto", *STAGES):
         _refuse("stage", f"there is no ZeRO stage {settings.stage}", "choose 0, 1, 2, 3 or auto")
@@ -365,6 +366,20 @@ def _check_values(settings: Settings) -> None:
     for name in ("clipping", "learning_rate", "weight_decay"):
         if not 0 <= given.get(name, 0.0) < math.inf:
             _refuse(name, f"{given[name]} is not possible", "a number, 0 or more")
+    for leaf in settings.moe_leaf:
+        if not all(part.isidentifier() for part in leaf.split(".")):
+            _refuse("moe_leaf", f"{leaf!r} is no name of a class", "such as MixtralSparseMoeBlock")
+    overrides = dict(settings.overrides)
+    for name, key in KEYS.items():
+        if name in given and key in overrides and overrides[key] != given[name]:
+            what = f"{option(name)} says {json.dumps(given[name])}, and --set {key} says {json.dumps(overrides[key])}"
+            _refuse(name, what, "leave one of them out")
+    if settings.optimizer in REMOVED:
+        _refuse("optimizer", f"DeepSpeed has removed {settings.optimizer}", "use AdamW, Lamb or Lion")
+    if settings.optimizer is not None and settings.optimizer not in OPTIMIZERS:
+        _unknown("optimizer", settings.optimizer, OPTIMIZERS)
+    if settings.scheduler is not None and settings.scheduler not in SCHEDULERS:
+        _unknown("scheduler", settings.scheduler, SCHEDULERS)
 
 
 def _check_way(job: Job) -> None:
@@ -417,12 +432,6 @@ def _check_optimizer(job: Job) -> None:
     for name in ("learning_rate", "weight_decay"):
         if getattr(settings, name) is not None and settings.optimizer is None and job.config is None:
             _refuse(name, "this is said to DeepSpeed's optimizer, and none is chosen", "add --optimizer AdamW")
-    if settings.optimizer in REMOVED:
-        _refuse("optimizer", f"DeepSpeed has removed {settings.optimizer}", "use AdamW, Lamb or Lion")
-    if settings.optimizer is not None and settings.optimizer not in OPTIMIZERS:
-        _unknown("optimizer", settings.optimizer, OPTIMIZERS)
-    if settings.scheduler is not None and settings.scheduler not in SCHEDULERS:
-        _unknown("scheduler", settings.scheduler, SCHEDULERS)
     offloaded = value_at(deepspeed_config(job), KEYS["offload_optimizer"]) in ("cpu", "nvme")
     if settings.optimizer == "CPUAdam" and not offloaded:
         _refuse("optimizer", "CPUAdam is for an optimizer on the CPU", "add --offload-optimizer cpu, or use FusedAdam")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cluster.errors import InputError
 from launcher.cli.options import Group, cluster_option, json_option, launcher, opened, show_json
 
 if TYPE_CHECKING:
@@ -139,6 +140,18 @@ def scatter(cluster: str | None, source: str, nodes: tuple[str, ...], *, as_json
         _tell(now, gathering.scatter(now, source, to=nodes), as_json=as_json)
 
 
+def _size(_context: click.Context, _option: click.Parameter, text: str) -> str:
+    from argparse import ArgumentTypeError
+
+    from launcher.inside.export import size_of
+
+    try:
+        size_of(text)
+    except ArgumentTypeError as error:
+        raise InputError(str(error), where="--max-shard-size") from None
+    return text
+
+
 @checkpoint.command()
 @cluster_option
 @tag_option
@@ -146,7 +159,14 @@ def scatter(cluster: str | None, source: str, nodes: tuple[str, ...], *, as_json
 @click.option(
     "--format", "form", type=click.Choice(["safetensors", "bin"]), default="safetensors", help="Of the files."
 )
-@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="The most in one file.")
+@click.option(
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    callback=_size,
+    help="The most in one file.",
+)
 @click.option("--to", required=True, metavar="NODE|FOLDER", help="A node, or a folder on this machine.")
 @json_option
 @run_argument

@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+def _image(_context: click.Context, _argument: click.Parameter, name: str | None) -> str | None:
+    from cluster.allowed import check_image
+
+    return name if name is None else check_image(name)
+
+
 @image.command("ship")
 @cluster_option
-@click.argument("name", metavar="IMAGE")
+@click.argument("name", metavar="IMAGE", callback=_image)
 @json_option
 def image_ship(cluster: str | None, name: str, *, as_json: bool) -> None:
     """Bring an image of this machine to every node that lacks it, as `up` does; only missing layers travel.
@@ -43,7 +49,7 @@ def image_ship(cluster: str | None, name: str, *, as_json: bool) -> None:
 @image.command("save")
 @cluster_option
 @click.argument("file", type=FILE)
-@click.argument("name", required=False, metavar="[IMAGE]")
+@click.argument("name", required=False, metavar="[IMAGE]", callback=_image)
 @json_option
 def image_save(cluster: str | None, file: Path, name: str | None, *, as_json: bool) -> None:
     """Write an image of this machine into a file, compressed and verified; without IMAGE the cluster's own.
@@ -140,7 +146,7 @@ def image_prune(cluster: str | None, *, dry_run: bool, as_json: bool) -> None:
 
 @image.command("why")
 @cluster_option
-@click.argument("name", required=False, metavar="[IMAGE]")
+@click.argument("name", required=False, metavar="[IMAGE]", callback=_image)
 @json_option
 def image_why(cluster: str | None, name: str | None, *, as_json: bool) -> None:
     """Why the recipe makes another image than the newest one that is there, or than IMAGE.

@@ -88,8 +88,25 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def ignore_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--ignore`: accept a finding."""
     return click.option(
-        "--ignore", multiple=True, metavar="ID", help="Accept a finding, by the id in [brackets]. May be repeated."
+        "--ignore",
+        multiple=True,
+        metavar="ID",
+        callback=_known_findings,
+        help="Accept a finding, by the id in [brackets]. May be repeated.",
     )(command)
+
+
+def _known_findings(_context: click.Context, _option: click.Parameter, ids: tuple[str, ...]) -> tuple[str, ...]:
+    import difflib
+
+    from launcher.checks import IDS
+
+    for one in ids:
+        if one not in IDS:
+            close = difflib.get_close_matches(one, IDS, n=1)
+            cure = f"did you mean {close[0]}?" if close else f"one of: {', '.join(sorted(IDS))}"
+            raise InputError(f"{one!r} is no finding", where="--ignore", next_step=cure)
+    return ids
 
 
 class Option(click.Option):

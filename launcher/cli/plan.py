@@ -48,8 +48,10 @@ def plan(cluster: str | None, *, as_json: bool, **asked: Any) -> None:
     """
     from launcher import ladder
     from launcher.views import ladder as view
+    from launcher.zero import check_values
 
     job = read_job(asked, script="SCRIPT", args=())
+    check_values(job.settings)
     question, recipe, rung = read_question(asked, job), ladder.recipe_of(job), _rung(job)
     if question is None:
         raise InputError(

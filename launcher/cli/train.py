@@ -103,9 +103,9 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
             "the working directory is your home: all of it would be sent to every node, keys and all",
             next_step="change to the folder of your code",
         )
+    port, any_port = _port(asked["port"])
     snapshot = take(Path.cwd(), limit_bytes=asked["snapshot_limit"] << 20)
     _check_script(job.script, {entry.path for entry in snapshot.entries})
-    port, any_port = _port(asked["port"])
     with opened(cluster, engine=asked["engine"], keep=not dry_run) as now:
         names = (*now.inventory.container.secrets, *job.secrets, *asked["secrets"])
         secrets = read_secrets(names, environment=os.environ, file=asked["secrets_file"])
@@ -206,6 +206,10 @@ def _with(job: Job, **changes: Any) -> Job:
 
 def _check_script(script: str, files: set[str]) -> None:
     path = os.path.normpath(script)
+    if path.endswith(".ipynb"):
+        raise InputError(
+            "this is a notebook, not a script", where=script, next_step=f"jupyter nbconvert --to script {script}"
+        )
     if path in files:
         return
     if path.startswith(("/", "..")):

@@ -88,9 +88,10 @@ def logs(cluster: str | None, since: str, rank: int | None, run_id: str | None, 
     from launcher.views.live import read_since
 
     quit_with_reader()
+    moment = read_since(since)
     with opened(cluster) as now:
         wanted = execute.choose_run(now, run_id)
-        show = log_view([node.name for node in now.inventory.nodes], rank=rank, since=read_since(since))
+        show = log_view([node.name for node in now.inventory.nodes], rank=rank, since=moment)
         execute.show_logs(now, wanted, show=show, follow=follow)
 
 

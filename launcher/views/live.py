@@ -179,8 +179,12 @@ def read_since(text: str, *, now: float | None = None) -> str:
         return ""
     if match := re.fullmatch(r"(\d{1,6})(s|m|h|d)", text):
         ago = int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-        moment = time.gmtime(max(0.0, (time.time() if now is None else now) - ago))
-        return time.strftime("%Y-%m-%dT%H:%M:%S", moment)
-    if re.fullmatch(r"\d{4}-\d\d-\d\d([T ]\d\d(:\d\d(:\d\d(\.\d+)?)?)?Z?)?", text):
-        return text.replace(" ", "T").rstrip("Z")
+        then = time.gmtime(max(0.0, (time.time() if now is None else now) - ago))
+        return time.strftime("%Y-%m-%dT%H:%M:%S", then)
+    moment = text.replace(" ", "T").rstrip("Z")
+    if re.fullmatch(r"\d{4}-\d\d-\d\d(T\d\d(:\d\d(:\d\d(\.\d+)?)?)?)?", moment):
+        whole = moment[:19] + "1970-01-01T00:00:00"[len(moment) :]
+        with suppress(ValueError):  # no such day, or hour
+            time.strptime(whole, "%Y-%m-%dT%H:%M:%S")
+            return moment
     raise InputError(f"{text!r} is no time", where="--since", next_step="such as 10m, 2h, or 2026-11-23T06:00 (UTC)")

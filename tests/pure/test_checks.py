@@ -408,6 +408,7 @@ def test_every_finding_that_the_code_knows_has_its_test_here() -> None:
     }
     others = {"address", "port-busy", "nvme-none", "memlock", "rootless-multinode", "arch-differs", "driver-differs"}
     assert named == {expected[0] for _, _, expected in TABLE.values()} | others
+    assert named == checks.IDS
 
 
 def test_rootless_docker_is_for_one_machine_alone() -> None:

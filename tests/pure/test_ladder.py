@@ -80,7 +80,7 @@ def test_what_is_no_config_is_refused(tmp_path: Path, text: str, where: str, wha
     "question", [Question(config=Path("none.json")), Question(code=Path("none.py"), function="make")]
 )
 def test_a_file_that_is_not_there_is_told(question: Question) -> None:
-    with pytest.raises(InputError, match="this file cannot be read"):
+    with pytest.raises(InputError, match="there is no such file"):
         find_model(None, question, Recipe())
 
 
@@ -171,7 +171,7 @@ GIVEN = ("--parameters", "7B", "--gpu-memory", "80g")
         ((*GIVEN, "-c", "lab"), "a cluster and --gpu-memory", "leave one of them out"),
         ((*GIVEN, "--offload-param", "cpu"), "offloading is asked for without a stage", "add --stage"),
         ((*GIVEN, "--stage", "2", "--offload-optimizer", "nvme"), "offloads the optimizer to the CPU alone", "use cpu"),
-        (("--model", "none.json", "--gpu-memory", "80g"), "this file cannot be read", ""),
+        (("--model", "none.json", "--gpu-memory", "80g"), "there is no such file", ""),
     ],
 )
 def test_what_cannot_be_meant_is_refused(call: Shell, words: tuple[str, ...], what: str, cure: str) -> None:

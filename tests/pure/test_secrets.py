@@ -73,14 +73,25 @@ def test_a_file_that_others_can_read_is_refused_unread(file: Path, mode: int) ->
 @pytest.mark.parametrize("line", [VALUE, f"export HF_TOKEN={VALUE}", f"={VALUE}", f"1A={VALUE}", f"A-B={VALUE}"])
 def test_a_line_that_is_none_is_named_by_its_place_and_never_shown(file: Path, line: str) -> None:
     file.write_text(f"# one\n{line}\n")
-    assert refused(("HF_TOKEN",), file=file) == [f"{file}:2:1: this is no NAME=VALUE line"]
+    assert refused(("HF_TOKEN",), file=file) == [
+        f"{file}:2:1: this is no NAME=VALUE line",
+        "  next: one a line; letters, digits and _ before the =",
+    ]
+
+
+def test_a_name_that_comes_twice_is_refused(file: Path) -> None:
+    file.write_text("HF_TOKEN=s3cr3t-c4n4ry\nA=1\nHF_TOKEN=another-c4n4ry\n")
+    assert refused(("A",), file=file) == [
+        f"{file}:3:1: HF_TOKEN a second time (first in line 1)",
+        "  next: keep one of them",
+    ]
 
 
 def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path, file: Path) -> None:
-    assert "No such file" in refused(("HF_TOKEN",), file=tmp_path / "none")[0]
+    assert "there is no such file" in refused(("HF_TOKEN",), file=tmp_path / "none")[0]
     assert refused(("HF_TOKEN",), file=tmp_path)[0].startswith(f"{tmp_path}: ")
     file.write_bytes(b"HF_TOKEN=\xff\xfe")
-    assert refused(("HF_TOKEN",), file=file)[0].startswith(f"{file}: the secrets cannot be read: ")
+    assert refused(("HF_TOKEN",), file=file)[0].startswith(f"{file}:1:10: the byte 0xFF is not UTF-8")
 
 
 NAMES = ["", "A-B", "1A", "a b", "A\n", "HF_TOKEN=x", "RANK", "WORLD_SIZE", "MASTER_ADDR", "LAUNCHER_X", "ACCELERATE_X"]
