@@ -58,7 +58,7 @@ def main() -> None:
         if args.check:
             check(accelerator, model, shape, args)
         for prompt, text in write(accelerator, model, shape, args):
-            accelerator.print(f"--- {prompt}\n{text}")
+            say(accelerator, f"--- {prompt}\n{text}")
     accelerator.end_training()
 
 
@@ -85,6 +85,12 @@ def read_config(accelerator: Accelerator, path: Path) -> dict[str, Any]:
             accelerator, f"{path} {'is of another model' if said else 'is missing'}: train.py writes it to OUT/final"
         )
     return dict(said)
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """Once for the whole run, where `accelerator.print` says it on every machine."""
+    if accelerator.is_main_process:
+        print(text, flush=True)
 
 
 # Loading.
@@ -143,9 +149,10 @@ def report(accelerator: Accelerator, model: nn.Module, *, read: int) -> None:
     held = sum(one.ds_tensor.nbytes for one in parameters)
     entire = [one.ds_id for one in parameters if one.numel() == one.ds_numel and accelerator.num_processes > 1]
     for rank, (held_, read_, entire_) in enumerate(gather_object([(held, read, len(entire))])):
-        accelerator.print(
+        say(
+            accelerator,
             f"process {rank} holds {held_:,} of {total:,} bytes ({held_ / total:.1%}), {entire_} tensors whole; "
-            f"it has read {read_:,} bytes"
+            f"it has read {read_:,} bytes",
         )
 
 

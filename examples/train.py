@@ -332,14 +332,15 @@ def main() -> None:
     model, optimizer = prepared[:2]
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
-    accelerator.print(
+    say(
+        accelerator,
         f"{count:,} weights, {accelerator.num_processes} processes on {accelerator.device.type}, "
         f"ZeRO-{stage_of(accelerator)}, {args.global_batch} samples a step "
-        f"= {accelerator.num_processes} x {accelerator.gradient_accumulation_steps} x {micro}"
+        f"= {accelerator.num_processes} x {accelerator.gradient_accumulation_steps} x {micro}",
     )
     if start is not None:
         accelerator.load_state(str(start))
-        accelerator.print(f"resumed from {start}")
+        say(accelerator, f"resumed from {start}")
     if accelerator.is_main_process and progress.step == 0:
         (args.out / "loss.jsonl").unlink(missing_ok=True)
     own_rate = not theirs and "optimizer" not in config
@@ -393,6 +394,12 @@ def note(accelerator: Accelerator, args: argparse.Namespace, *, step: int, loss:
         file.write(json.dumps({"step": step, "loss": loss, "time": time.time()}) + "\n")
 
 
+def say(accelerator: Accelerator, text: str) -> None:
+    """Once for the whole run, where `accelerator.print` says it on every machine."""
+    if accelerator.is_main_process:
+        print(text, flush=True)
+
+
 # Checkpoints: the 32-bit whole, a part of it on every machine.
 
 ENGINE = "pytorch_model"  # what Accelerate calls DeepSpeed's part of a checkpoint
@@ -435,7 +442,7 @@ def save(accelerator: Accelerator, out: Path, *, step: int) -> None:
         said = {"step": step, "processes": accelerator.num_processes, "stage": stage_of(accelerator)}
         write_whole(folder / "complete", json.dumps(said) + "\n")
     accelerator.wait_for_everyone()
-    accelerator.print(f"saved {folder}")
+    say(accelerator, f"saved {folder}")
 
 
 def settled_files(folder: Path) -> dict[str, int]:
@@ -477,8 +484,8 @@ def choose(accelerator: Accelerator, where: Path) -> Path | None:
         said = "process {} says: {}".format(*wrong[0])
         if single:
             refuse(accelerator, f"{folder} is not whole; {said}")
-        accelerator.print(f"{folder} is not whole, trying the one before it; {said}")
-    accelerator.print(f"no checkpoint in {where}: starting anew")
+        say(accelerator, f"{folder} is not whole, trying the one before it; {said}")
+    say(accelerator, f"no checkpoint in {where}: starting anew")
     return None
 
 
@@ -565,7 +572,7 @@ def load(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
                 if name not in weights or weights[name].shape != parameter.shape:
                     raise SystemExit(f"{folder} holds no {name} of the shape {tuple(parameter.shape)}")
                 parameter.data.copy_(weights[name])
-    accelerator.print(f"loaded {folder}")
+    say(accelerator, f"loaded {folder}")
 
 
 def write_weights(weights: dict[str, Tensor], folder: Path, *, config: dict[str, Any]) -> None:
@@ -591,9 +598,10 @@ def finish(accelerator: Accelerator, model: nn.Module, shape: Shape, args: argpa
     with torch.no_grad():
         trained = loss_of(model, rows.to(accelerator.device)).item()
     if stage_of(accelerator) == 3 and not model.zero_gather_16bit_weights_on_model_save():
-        accelerator.print(
+        say(
+            accelerator,
             "no final model: the DeepSpeed config does not set stage3_gather_16bit_weights_on_model_save; "
-            "the weights are in the checkpoint"
+            "the weights are in the checkpoint",
         )
         return
     weights = accelerator.get_state_dict(model)
