@@ -159,6 +159,8 @@ def image_options(environment: os._Environ[str] | dict[str, str]) -> dict[str, s
 def pause(node: str) -> Iterator[None]:
     """The whole node stands still: it accepts nothing, refuses nothing, and says nothing."""
     with _healed(node):
+        # What its engine has started does not lie in the node's own control group.
+        run(node, "sh", "-c", "docker ps --quiet | xargs -r docker pause")
         _client().containers.get(node).pause()
         yield
 
@@ -239,6 +241,7 @@ def heal(node: str) -> None:
     gateway = next(iter(container.attrs["NetworkSettings"]["Networks"].values()))["Gateway"]
     script = f"""
         rm -f /lab/hold-engine
+        docker ps --quiet --filter status=paused | xargs -r docker unpause
         if ! ip link show eth0 | grep -q ,UP; then
             ip link set eth0 up && ip route replace default via {gateway}
         fi
