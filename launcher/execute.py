@@ -17,7 +17,7 @@ from cluster.fleet import Machine, each
 from launcher import checks, ladder, operator, render, zero
 from launcher.converge import Converged, converge, image_tag, told
 from launcher.events import CodeArrived, NodeEnded, NodeStarted, RunBegan, RunEnded, StageBegan
-from launcher.job import Job
+from launcher.job import NODE_GRACE, Job
 from launcher.ladder import Question
 from launcher.plan import Plan, choose_port, make_plan, node_root
 from launcher.record import RunRecord
@@ -174,6 +174,7 @@ def follow(
             out=node.host.out,
             mirror=record.mirror(node.name),
             grace=plan.job.grace + render.MARGIN,
+            node_grace=plan.job.node_grace,
         )
         for node in plan.nodes
         if node.name in containers
@@ -356,6 +357,8 @@ def _follow_found(
 ) -> RunEnded:
     """Come back to a run: show what is mirrored here, then go on from there."""
     _await_start(now, containers)
+    plan = record.load_plan()
+    patience = plan.job.node_grace if plan else NODE_GRACE
     shown = record.mirrored()
     _print(record, shown, show)
     parts = [
@@ -366,6 +369,7 @@ def _follow_found(
             mirror=record.mirror(machine.name),
             grace=render.engine_grace(containers[machine.name].labels),
             start=shown.get(machine.name, 0),
+            node_grace=patience,
         )
         for machine in now.machines
         if machine.name in containers

@@ -11,6 +11,7 @@ Offload = Literal["none", "cpu", "nvme"]
 Way = Literal["auto", "plugin", "file"]
 Stage = Literal["auto", 0, 1, 2, 3]
 GRACE = 5  # seconds between asking a job to end and ending it
+NODE_GRACE = 60  # seconds for which a node may be silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,7 @@ class Job:
     secrets: tuple[str, ...] = ()
     detached: bool = False  # no command stays to own the run
     grace: int = GRACE
+    node_grace: int = NODE_GRACE  # seconds for which a node may be silent before the run is ended without it
     hang_timeout: int | None = None  # seconds in which no process writes anything, after which the run is ended
     resumes: str = ""  # the run whose work this one goes on with
     restart: int = 0  # how often that was started again, with this one

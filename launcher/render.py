@@ -38,7 +38,6 @@ ROLE_NODE, ROLE_RUN = "node", "run"
 JOIN_TIMEOUT = 120  # seconds for all nodes to meet; torchrun's own default is 900
 MARGIN = 5.0  # seconds more than a job's own grace before the engine ends its container: the agent's, to tell of it
 BEAT = 2.0  # seconds between two datagrams of a node's guard to another's
-NODE_GRACE = 60.0  # seconds of silence between nodes before each ends its part of the run
 
 
 def container_name(cluster: str, node: str, role: str) -> str:
@@ -164,7 +163,7 @@ def guard_settings(plan: Plan) -> dict[str, object]:
             for node, count in zip(plan.nodes, before, strict=True)
         ],
         "beat": BEAT,
-        "grace": NODE_GRACE,
+        "grace": plan.job.node_grace,
         "hang_timeout": plan.job.hang_timeout,
     }
 

@@ -50,6 +50,14 @@ if TYPE_CHECKING:
     help="The most that the code may weigh.",
 )
 @click.option(
+    "--node-grace",
+    type=click.IntRange(10, 3600),
+    default=60,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a node may be silent before the others end without it.",
+)
+@click.option(
     "--hang-timeout",
     type=click.IntRange(min=10),
     metavar="SECONDS",
@@ -109,7 +117,8 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
     with opened(cluster, engine=asked["engine"], keep=not dry_run) as now:
         names = (*now.inventory.container.secrets, *job.secrets, *asked["secrets"])
         secrets = read_secrets(names, environment=os.environ, file=asked["secrets_file"])
-        job = _with(job, secrets=tuple(secrets), detached=detach, hang_timeout=asked["hang_timeout"])
+        watched = {name: asked[name] for name in ("node_grace", "hang_timeout")}
+        job = _with(job, secrets=tuple(secrets), detached=detach, **watched)
 
         def prepare(job: Job, run_id: str) -> Launch:
             return execute.prepare(

@@ -2,7 +2,7 @@
 
 Per node two threads: one waits for the container's end, one follows its log. The log on the node is the only source;
 its mirror here is the cursor, so that nothing is lost or repeated, however often the line drops or we are restarted.
-A silent node is not a failed one: only after `GRACE` seconds is it given up.
+A silent node is not a failed one: only after its `node_grace` is it given up.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from cluster.container import Container
 from cluster.errors import EngineError, Interrupted, NodeError
 from cluster.fleet import Machine, each
 from launcher.events import Emit, Failure, NodeEnded, RunEnded, StageBegan
+from launcher.job import NODE_GRACE
 from launcher.stages.logs import Mirror, Show
 from launcher.state import INTERRUPTED, first_cause
 
-GRACE = 60.0  # seconds of silence before a node is given up
 RETRY = 1.0  # seconds between two attempts to reach it again
 PATIENCE = 3.0  # seconds that a node has to end what it was told to end, before a third Ctrl-C leaves it
 
@@ -41,6 +41,7 @@ class Watched:
     mirror: Path
     grace: float
     start: int = 0  # how much of the log has been shown already, in bytes
+    node_grace: float = NODE_GRACE  # seconds of silence before the node is given up
 
 
 class Detached(Interrupted):
@@ -198,13 +199,13 @@ def _end_of(part: Watched, follower: Mirror, clock: Callable[[], float]) -> Node
             silent_since = silent_since or now
             # The engine itself went away (restarted, removed): the container may be gone for good.
             gone = _gone(part, clock()) if isinstance(error, EngineError) else None
-            if gone is None and now - silent_since <= GRACE:
+            if gone is None and now - silent_since <= part.node_grace:
                 time.sleep(RETRY)
                 continue
             if isinstance(error, EngineError):
                 follower.finish()
             follower.leave()
-            lost = f"lost: {error.what}, silent for {GRACE:.0f} s"
+            lost = f"lost: {error.what}, silent for {part.node_grace:.0f} s"
             return gone or NodeEnded(time=clock(), node=part.machine.name, code=1, lost=lost)
 
 

@@ -14,7 +14,7 @@ from tests.lab.conftest import User, containers, eventually, make_user
 from tests.lab.test_main_job import killed
 from tests.testbed import lab as testbed
 
-GRACE = 60.0  # of a silent node, as run.json says
+GRACE = 20  # of a silent node
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_f24_a_node_that_stands_still_ends_the_run_elsewhere(lab: testbed.Lab, u
 
 
 def test_f26_a_data_path_that_is_cut_ends_the_run(lab: testbed.Lab, user: User, stranger: User) -> None:
-    detach(lab, user, "jobs/apart.py")
+    detach(lab, user, "--node-grace", str(GRACE), "jobs/apart.py")
     *others, lost = lab.machines
     begun = time.time()
     with testbed.cut_data(lost.name, *(other.address for other in others)):
@@ -133,7 +133,7 @@ def test_f26_a_data_path_that_is_cut_ends_the_run(lab: testbed.Lab, user: User, 
 def test_f27_a_node_that_is_gone_ends_the_run_and_attach_learns_it(
     lab: testbed.Lab, user: User, stranger: User
 ) -> None:
-    detach(lab, user, "jobs/apart.py")
+    detach(lab, user, "--node-grace", str(GRACE), "jobs/apart.py")
     *others, lost = (machine.name for machine in lab.machines)
     begun = time.time()
     with testbed.disconnect(lost):
@@ -159,10 +159,10 @@ def test_f27_an_agent_that_is_killed_is_missed_within_seconds(lab: testbed.Lab, 
 
 
 def test_f35_a_fifth_of_all_packets_lost_ends_nothing(lab: testbed.Lab, user: User) -> None:
-    detach(lab, user, "jobs/apart.py")
+    detach(lab, user, "--node-grace", str(GRACE), "jobs/apart.py")
     bad, *others = lab.machines
     with testbed.lose(bad.name, *(other.address for other in others), share=0.2):
-        time.sleep(90)
+        time.sleep(3 * GRACE)
         assert ends([machine.name for machine in lab.machines]) == {}
     assert user.launcher("stop").code == 0
 

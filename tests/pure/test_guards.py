@@ -178,7 +178,17 @@ COMMANDS = {
     "plan": (CLUSTER, *JOB, *MODEL, "--gpu-memory", "--gpus", "--nodes", "--host-memory", "--nvme", JSON),
     "run": (
         *(CLUSTER, *JOB, *MODEL, "--engine", "--port", "--secret", "--secrets-file", "--snapshot-limit"),
-        *("--hang-timeout", "--max-restarts", "--on-exit", "--on-log", "-d/--detach", "--dry-run", "--ignore", JSON),
+        *(
+            "--node-grace",
+            "--hang-timeout",
+            "--max-restarts",
+            "--on-exit",
+            "--on-log",
+            "-d/--detach",
+            "--dry-run",
+            "--ignore",
+            JSON,
+        ),
         *("SCRIPT", "ARGS"),
     ),
     "status": (CLUSTER, JSON),

@@ -266,7 +266,7 @@ def test_the_guards_meet_at_the_training_addresses_and_never_twice_at_one_port()
     assert render.guard_settings(plan) == {
         "peers": [{"node": f"gpu-0{n}", "address": f"10.0.0.1{n}", "port": 29500} for n in (1, 2, 3)],
         "beat": 2.0,
-        "grace": 60.0,
+        "grace": 60,
         "hang_timeout": 600,
     }
     here = replace(plan, nodes=tuple(replace(node, address="127.0.0.1") for node in plan.nodes))

@@ -49,13 +49,13 @@ def _signals_stay_as_they_are() -> Iterator[None]:
 class Nodes:
     """A run on doubles: node 1, 2, … each with its program, and what was told of it."""
 
-    def __init__(self, folder: Path, *programs: tuple[str, ...], grace: float = 5.0) -> None:
+    def __init__(self, folder: Path, *programs: tuple[str, ...], grace: float = 5.0, node_grace: float = 60.0) -> None:
         self.engines = [MemoryEngine(f"gpu-{n}", programs=PROGRAMS) for n in range(1, len(programs) + 1)]
         self.transports = [FileTransport(engine.node, files={f"{OUT}/node.log": b""}) for engine in self.engines]
         self.events: list[Event] = []
         self.lines: list[tuple[str, bytes]] = []
         self.containers = [self._begin(engine, argv) for engine, argv in zip(self.engines, programs, strict=True)]
-        self._folder, self._grace = folder, grace
+        self._folder, self._grace, self._node_grace = folder, grace, node_grace
 
     def _begin(self, engine: MemoryEngine, argv: tuple[str, ...]) -> str:
         spec = ContainerSpec(name="run", image=engine.put_image(b""), argv=argv, labels={})
@@ -79,6 +79,7 @@ class Nodes:
                 out=OUT,
                 mirror=self._folder / f"{engine.node}.log",
                 grace=self._grace,
+                node_grace=self._node_grace,
             )
             for engine, transport, container in zip(self.engines, self.transports, self.containers, strict=True)
         ]
@@ -189,19 +190,13 @@ class TestEnds:
 class TestSilence:
     lost = UnreachableError("gpu-1", "the connection was lost")
 
-    def test_a_line_that_drops_again_and_again_is_no_silence(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(stage, "GRACE", 0.0)
-        nodes = Nodes(tmp_path, WORK)
+    def test_a_line_that_drops_again_and_again_is_no_silence(self, tmp_path: Path) -> None:
+        nodes = Nodes(tmp_path, WORK, node_grace=0.0)
         nodes.engines[0].faults.at("wait", *[self.lost] * 100, nodes.end(1, 0))
         assert nodes.watch() == RunEnded(time=NOW, code=0)
 
-    def test_after_the_grace_a_silent_node_is_lost_and_the_others_are_stopped(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(stage, "GRACE", 0.0)
-        nodes = Nodes(tmp_path, WORK, WORK)
+    def test_after_the_grace_a_silent_node_is_lost_and_the_others_are_stopped(self, tmp_path: Path) -> None:
+        nodes = Nodes(tmp_path, WORK, WORK, node_grace=0.0)
         nodes.says(2, code=143, stopped=True)
         nodes.engines[0].faults.at("wait", self.lost)
         nodes.engines[0].faults.at("version", self.lost)
@@ -238,10 +233,9 @@ class TestSilence:
         lost = {"gpu-2": ended("gpu-2", 1, lost="lost: no answer")}
         assert nodes.watch(lost=lost) == RunEnded(time=NOW, code=1, cause="node gpu-2: lost: no answer")
 
-    def test_an_impostor_is_as_good_as_silence(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(stage, "GRACE", 0.0)
+    def test_an_impostor_is_as_good_as_silence(self, tmp_path: Path) -> None:
         wrong = UntrustedError("gpu-1", "the host key is not the pinned one")
-        nodes = Nodes(tmp_path, WORK)
+        nodes = Nodes(tmp_path, WORK, node_grace=0.0)
         nodes.engines[0].faults.at("wait", wrong)
         nodes.engines[0].faults.at("version", wrong)
         assert nodes.watch().cause == "node gpu-1: lost: the host key is not the pinned one, silent for 0 s"
@@ -265,10 +259,9 @@ class TestSilence:
         nodes.engines[0].faults.at("wait", *[EngineError("gpu-1", "Docker broke off")] * 3, nodes.end(1, 0))
         assert nodes.watch() == RunEnded(time=NOW, code=0)
 
-    def test_an_engine_that_stays_away_is_lost(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(stage, "GRACE", 0.0)
+    def test_an_engine_that_stays_away_is_lost(self, tmp_path: Path) -> None:
         away = EngineError("gpu-1", "the Docker engine does not answer")
-        nodes = Nodes(tmp_path, WORK)
+        nodes = Nodes(tmp_path, WORK, node_grace=0.0)
         for method in ("wait", "version", "find", "find"):
             nodes.engines[0].faults.at(method, away)
         assert nodes.watch().cause == "node gpu-1: lost: the Docker engine does not answer, silent for 0 s"
