@@ -19,15 +19,9 @@ if TYPE_CHECKING:
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-def _image(_context: click.Context, _argument: click.Parameter, name: str | None) -> str | None:
-    from cluster.allowed import check_image
-
-    return name if name is None else check_image(name)
-
-
 @image.command("ship")
 @cluster_option
-@click.argument("name", metavar="IMAGE", callback=_image)
+@click.argument("name", metavar="IMAGE")
 @json_option
 def image_ship(cluster: str | None, name: str, *, as_json: bool) -> None:
     """Bring an image of this machine to every node that lacks it, as `up` does; only missing layers travel.
@@ -35,10 +29,11 @@ def image_ship(cluster: str | None, name: str, *, as_json: bool) -> None:
     \b
     launcher image ship registry.example:5000/ml/eval:3
     """
+    from cluster.allowed import check_image
     from launcher import images
 
     with opened(cluster) as now:
-        digest, sent = images.ship_named(now, name)
+        digest, sent = images.ship_named(now, check_image(name))
     if as_json:
         show_json({"image": name, "digest": digest, "sent": dict(sent)})
     else:
@@ -49,7 +44,7 @@ def image_ship(cluster: str | None, name: str, *, as_json: bool) -> None:
 @image.command("save")
 @cluster_option
 @click.argument("file", type=FILE)
-@click.argument("name", required=False, metavar="[IMAGE]", callback=_image)
+@click.argument("name", required=False, metavar="[IMAGE]")
 @json_option
 def image_save(cluster: str | None, file: Path, name: str | None, *, as_json: bool) -> None:
     """Write an image of this machine into a file, compressed and verified; without IMAGE the cluster's own.
@@ -59,12 +54,12 @@ def image_save(cluster: str | None, file: Path, name: str | None, *, as_json: bo
     \b
     launcher image save image.tar
     """
+    from cluster.allowed import check_image
     from launcher import converge, images
     from launcher.session import showing
     from launcher.views.live import Teller
 
-    if name is None:
-        name = converge.image_tag(load(cluster)[0])
+    name = converge.image_tag(load(cluster)[0]) if name is None else check_image(name)
     teller = Teller()
     with showing(teller):
         digest = images.save(
@@ -146,7 +141,7 @@ def image_prune(cluster: str | None, *, dry_run: bool, as_json: bool) -> None:
 
 @image.command("why")
 @cluster_option
-@click.argument("name", required=False, metavar="[IMAGE]", callback=_image)
+@click.argument("name", required=False, metavar="[IMAGE]")
 @json_option
 def image_why(cluster: str | None, name: str | None, *, as_json: bool) -> None:
     """Why the recipe makes another image than the newest one that is there, or than IMAGE.
@@ -154,10 +149,11 @@ def image_why(cluster: str | None, name: str | None, *, as_json: bool) -> None:
     \b
     launcher image why
     """
+    from cluster.allowed import check_image
     from launcher import images
 
     with opened(cluster) as now:
-        said = images.why(now, against=name)
+        said = images.why(now, against=name if name is None else check_image(name))
     if as_json:
         show_json(
             {
