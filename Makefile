@@ -62,12 +62,15 @@ test: setup ## Run all tests; sshd and a Docker engine are needed (.ci/machine g
 matrix: setup ## Train every ZeRO stage, offload, precision and way on three nodes (about half an hour)
 	@LAUNCHER_TEST_MATRIX=all .ci/machine $(PYTEST) tests/lab/test_matrix.py $(PYTEST_OPTIONS)
 
-.PHONY: check
-check: setup ## Lint, format, types, storeys, quick tests; writes nothing
+.PHONY: lint
+lint: setup ## Lint, format, types, storeys; writes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
+
+.PHONY: check
+check: lint ## The same, and the quick tests
 	$(PYTEST) $(QUICK) -m 'not oracle' -q
 
 .PHONY: fix
