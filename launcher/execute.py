@@ -189,11 +189,13 @@ def follow(
     return end
 
 
-def carry_out(now: Session, launch: Launch, record: RunRecord, *, show: Show) -> RunEnded:
-    """A run without secrets from its start to its end; Ctrl-C leaves nothing of it."""
+def carry_out(
+    now: Session, launch: Launch, record: RunRecord, *, show: Show, secrets: Mapping[str, str] = {}
+) -> RunEnded:
+    """A run from its start to its end; Ctrl-C leaves nothing of it."""
     try:
         with leaving_on_signals():
-            containers = start(now, launch, record, secrets={})
+            containers = start(now, launch, record, secrets=secrets)
             return follow(now, launch.plan, record, containers, show=show, own=True)
     except KeyboardInterrupt:
         abandon(now, launch.plan)

@@ -1,7 +1,7 @@
 """The command line: parse, call, render, exit code. No logic; heavy modules are loaded by who needs them.
 
-`options` holds what the commands share; `bring`, `plan`, `train`, `watch`, `examine`, `checkpoint`, `config` and
-`images` hold the commands.
+`options` holds what the commands share; `bring`, `plan`, `train`, `watch`, `examine`, `rehearse`, `checkpoint`,
+`config` and `images` hold the commands.
 """
 
 from __future__ import annotations
@@ -16,10 +16,20 @@ from typing import NoReturn
 import click
 
 from cluster.errors import ClusterError, Interrupted
-from launcher.cli import bring, checkpoint, config, examine, images, plan, train, watch
+from launcher.cli import bring, checkpoint, config, examine, images, plan, rehearse, train, watch
 from launcher.cli.options import NAME, launcher
 
-ROOMS = (bring, plan, train, watch, examine, checkpoint, config, images)  # importing them registers their commands
+ROOMS = (
+    bring,
+    plan,
+    train,
+    watch,
+    examine,
+    rehearse,
+    checkpoint,
+    config,
+    images,
+)  # importing them registers their commands
 
 
 def main() -> NoReturn:

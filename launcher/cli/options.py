@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NAME = "launcher"
 ORDER = (
     *("init", "trust", "up", "plan", "run", "status", "ls", "logs", "attach", "stop", "exec", "shell"),
-    *("env", "test", "down", "checkpoint", "verify", "gather", "scatter", "export", "universal"),
+    *("env", "test", "rehearse", "down", "checkpoint", "verify", "gather", "scatter", "export", "universal"),
     *("config", "image", "schema", "completion"),
 )
 
@@ -431,6 +431,34 @@ def _from_accelerate(path: Path, flags: Settings) -> tuple[Settings, tuple[str, 
     below, left = settings_of_accelerate(document)
     notes = tuple(f"{document.where(tuple(key.split('.')))}: {key} is not taken over" for key in left)
     return flags.over(below), (*merge_notes(flags, below, document), *notes), None
+
+
+def check_script(script: str, files: set[str]) -> None:
+    """`InputError` for a script that is not among the files that the nodes get."""
+    path = os.path.normpath(script)
+    if path.endswith(".ipynb"):
+        raise InputError(
+            "this is a notebook, not a script", where=script, next_step=f"jupyter nbconvert --to script {script}"
+        )
+    if path in files:
+        return
+    if path.startswith(("/", "..")):
+        raise InputError(
+            "the script must lie in the working directory, which is what the nodes get",
+            where=script,
+            next_step="change to its directory, or give its path from here",
+        )
+    if not Path(script).exists():
+        import difflib
+
+        close = difflib.get_close_matches(path, files, n=1)
+        cure = f"did you mean {close[0]}?" if close else None
+        raise InputError("there is no such script", where=script, next_step=cure)
+    if Path(script).is_dir():
+        raise InputError("this is a directory, not a script", where=script)
+    raise InputError(
+        "the script is left out of what the nodes get", where=script, next_step="look at .gitignore and .launcherignore"
+    )
 
 
 def quit_with_reader() -> None:

@@ -11,6 +11,7 @@ import click
 from cluster.errors import InputError
 from launcher.cli.options import (
     Command,
+    check_script,
     cluster_option,
     ignore_option,
     job_options,
@@ -113,7 +114,7 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
         )
     port, any_port = _port(asked["port"])
     snapshot = take(Path.cwd(), limit_bytes=asked["snapshot_limit"] << 20)
-    _check_script(job.script, {entry.path for entry in snapshot.entries})
+    check_script(job.script, {entry.path for entry in snapshot.entries})
     with opened(cluster, engine=asked["engine"], keep=not dry_run) as now:
         names = (*now.inventory.container.secrets, *job.secrets, *asked["secrets"])
         secrets = read_secrets(names, environment=os.environ, file=asked["secrets_file"])
@@ -211,33 +212,6 @@ def _with(job: Job, **changes: Any) -> Job:
     import dataclasses
 
     return dataclasses.replace(job, **changes)
-
-
-def _check_script(script: str, files: set[str]) -> None:
-    path = os.path.normpath(script)
-    if path.endswith(".ipynb"):
-        raise InputError(
-            "this is a notebook, not a script", where=script, next_step=f"jupyter nbconvert --to script {script}"
-        )
-    if path in files:
-        return
-    if path.startswith(("/", "..")):
-        raise InputError(
-            "the script must lie in the working directory, which is what the nodes get",
-            where=script,
-            next_step="change to its directory, or give its path from here",
-        )
-    if not Path(script).exists():
-        import difflib
-
-        close = difflib.get_close_matches(path, files, n=1)
-        cure = f"did you mean {close[0]}?" if close else None
-        raise InputError("there is no such script", where=script, next_step=cure)
-    if Path(script).is_dir():
-        raise InputError("this is a directory, not a script", where=script)
-    raise InputError(
-        "the script is left out of what the nodes get", where=script, next_step="look at .gitignore and .launcherignore"
-    )
 
 
 def _port(text: str | None) -> tuple[int | None, bool]:

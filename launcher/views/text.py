@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.command import describe
 from cluster.container import LABEL_ROLE, LABEL_RUN, Container
@@ -13,6 +13,9 @@ from launcher import render, zero
 from launcher.lints import Lint
 from launcher.plan import NodePlan, Plan
 from launcher.state import RunState
+
+if TYPE_CHECKING:
+    from launcher.rehearsal import Seen
 
 
 def plan_text(plan: Plan, todo: Sequence[str] = ()) -> str:
@@ -199,3 +202,19 @@ def run_table(rows: Sequence[Mapping[str, Any]]) -> str:
         (row["run"], row["cluster"], row["phase"], describe(row["command"], limit=60)) for row in rows if row.get("run")
     ]
     return table(cells)
+
+
+def rehearsed_text(seen: Sequence[Seen]) -> str:
+    """What came of every fault, as a table."""
+    cells = [("FAULT", "WHAT IS DONE", "ENDED AFTER", "EXIT", "WHAT IS TOLD")]
+    for one in seen:
+        after = "before it" if one.seconds is None else f"{one.seconds:.1f} s"
+        mark = "" if one.expected else "  (not as it should be)"
+        cells.append((one.fault.name, one.fault.what, after, str(one.code), f"{one.cause or 'done'}{mark}"))
+    return table(cells)
+
+
+def rehearsed_data(one: Seen) -> dict[str, Any]:
+    """The same of one fault for `--json`."""
+    said = {name: getattr(one, name) for name in ("run", "code", "cause", "seconds", "expected")}
+    return {"fault": one.fault.name, "what": one.fault.what, **said}
