@@ -69,6 +69,10 @@ lint: setup ## Lint, format, types, storeys; writes nothing
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
+.PHONY: faults
+faults: setup ## Try every fault on three nodes in containers, and print a table of what came of it
+	@.ci/machine $(PYTEST) tests/lab/test_faults.py $(PYTEST_OPTIONS)
+
 .PHONY: check
 check: lint ## The same, and the quick tests
 	$(PYTEST) $(QUICK) -m 'not oracle' -q

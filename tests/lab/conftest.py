@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,35 @@ def pytest_runtest_makereport(
     if report.failed and isinstance(user, User):
         user.give_up()
     return report
+
+
+Note = Callable[[str, str, float], None]
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Note:
+    """For the table of faults: what was done, what was told, and after how many seconds."""
+
+    def keep(done: str, told: str, seconds: float) -> None:
+        request.node.user_properties.append(("fault", (done, told.removeprefix("error: "), seconds)))
+
+    return keep
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of faults, with every fault that was tried."""
+    rows = [
+        (re.sub(r".*test_(f\d+)?.*", lambda found: (found[1] or "").upper(), report.nodeid), *figure, outcome)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        for name, figure in getattr(report, "user_properties", ())
+        if name == "fault" and report.when == "call"
+    ]
+    if rows:
+        terminalreporter.section("faults")
+        terminalreporter.write_line("| fault | what was done | what was told | seconds | |\n|---|---|---|---|---|")
+        for fault, done, told, seconds, outcome in rows:
+            terminalreporter.write_line(f"| {fault} | {done} | {told} | {seconds:.1f} | {outcome} |")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +112,13 @@ class User:
     def _logs(self) -> Iterator[Path]:
         return (self.home / ".state").rglob("logs/*.log")
 
+    def new_logs(self) -> set[Path]:
+        """The logs, by node and by rank, of what has begun since the last command did."""
+        return set(self._logs()) - self.earlier
+
     def heard(self, said: bytes, *, node: str = "*") -> int:
         """How often this is in the logs of what has begun since the last command did."""
-        logs = set(self._logs()) - self.earlier
-        return sum(path.read_bytes().count(said) for path in logs if path.match(f"{node}.log"))
+        return sum(path.read_bytes().count(said) for path in self.new_logs() if path.match(f"{node}.log"))
 
     def give_up(self) -> None:
         """End whatever commands are still there, and the run that they have left."""

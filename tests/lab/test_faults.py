@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.conftest import User, containers, eventually, make_user
+from tests.lab.conftest import Note, User, containers, eventually, make_user
 from tests.lab.test_main_job import killed
 from tests.testbed import lab as testbed
 
@@ -58,18 +60,21 @@ def ended(lab: testbed.Lab, *nodes: str, within: float, since: float) -> float:
     return taken
 
 
-def test_f21_a_killed_rank_ends_a_run_that_nobody_watches(lab: testbed.Lab, user: User, stranger: User) -> None:
+def test_f21_a_killed_rank_ends_a_run_that_nobody_watches(
+    lab: testbed.Lab, user: User, stranger: User, note: Note
+) -> None:
     detach(lab, user, "jobs/apart.py")
     victim = lab.machines[1].name
     begun = time.time()
     testbed.run(victim, "sh", "-c", killed(3))
-    ended(lab, within=15, since=begun)
+    taken = ended(lab, within=15, since=begun)
     said = stranger.launcher("attach")
     assert (said.code, said.first) == (1, f"error: node {victim}, rank 3: killed by SIGKILL"), said.err
     assert [containers(machine.name, role="run") for machine in lab.machines] == [[], [], []]
+    note("a rank is killed, nobody watches", said.first, taken)
 
 
-def test_f22_memory_that_ran_out_is_told_from_a_kill(lab: testbed.Lab, user: User, stranger: User) -> None:
+def test_f22_memory_that_ran_out_is_told_from_a_kill(lab: testbed.Lab, user: User, stranger: User, note: Note) -> None:
     victim = lab.machines[2].name
     testbed.run(victim, "rm", "-f", "/mnt/checkpoints/eat")
     detach(lab, user, "jobs/apart.py", "5")
@@ -77,16 +82,19 @@ def test_f22_memory_that_ran_out_is_told_from_a_kill(lab: testbed.Lab, user: Use
     testbed.run(victim, "docker", "update", "--memory", "2g", "--memory-swap", "2g", container)
     begun = time.time()
     testbed.run(victim, "touch", "/mnt/checkpoints/eat")
-    ended(lab, within=60, since=begun)
+    taken = ended(lab, within=60, since=begun)
     testbed.run(victim, "rm", "-f", "/mnt/checkpoints/eat")
     said = stranger.launcher("attach")
     assert (said.code, said.first) == (
         1,
         f"error: node {victim}: out of memory: the kernel killed it at the container's limit",
     )
+    note("a rank takes more memory than its container may", said.first, taken)
 
 
-def test_f23_a_rank_that_stands_still_ends_the_run_and_all_stacks_come_home(lab: testbed.Lab, user: User) -> None:
+def test_f23_a_rank_that_stands_still_ends_the_run_and_all_stacks_come_home(
+    lab: testbed.Lab, user: User, note: Note
+) -> None:
     running = user.begin("run", "--hang-timeout", "30", "jobs/work.py")
     eventually(lambda: user.heard(b"step 20 of 6") > 0, "work", seconds=300)
     victim = lab.machines[1].name
@@ -95,15 +103,19 @@ def test_f23_a_rank_that_stands_still_ends_the_run_and_all_stacks_come_home(lab:
     said = user.end(running)
     assert said.code == 1, said.err
     assert said.first.startswith(f"error: node {victim}, rank 3: is stopped (SIGSTOP); no progress: no process of any")
-    assert time.monotonic() - begun < 30 + 5 + 15
+    taken = time.monotonic() - begun
+    assert taken < 30 + 5 + 15
     (evidence,) = [path for path in (user.home / ".state").rglob("evidence") if str(path) in said.err]
     kept = sorted(path.relative_to(evidence) for path in evidence.rglob("rank-*.txt"))
     nodes = [machine.name for machine in lab.machines]
     assert [str(path) for path in kept] == [f"{nodes[rank // 2]}/stacks/rank-{rank:05d}.txt" for rank in range(6)]
     assert all("work.py" in (evidence / path).read_text() for path in kept)
+    note("a rank stands still, --hang-timeout 30", said.first, taken)
 
 
-def test_f24_a_node_that_stands_still_ends_the_run_elsewhere(lab: testbed.Lab, user: User, stranger: User) -> None:
+def test_f24_a_node_that_stands_still_ends_the_run_elsewhere(
+    lab: testbed.Lab, user: User, stranger: User, note: Note
+) -> None:
     (user.home / "jobs/together.py").write_text(
         "import time, torch\nfrom accelerate import Accelerator\n"
         "accelerator = Accelerator()\naccelerator.reduce(torch.ones(1))\nprint('ready', flush=True)\n"
@@ -113,31 +125,51 @@ def test_f24_a_node_that_stands_still_ends_the_run_elsewhere(lab: testbed.Lab, u
     *others, lost = (machine.name for machine in lab.machines)
     begun = time.time()
     with testbed.pause(lost):
-        ended(lab, *others, within=30 + 5 + 15, since=begun)
+        taken = ended(lab, *others, within=30 + 5 + 15, since=begun)
     ended(lab, lost, within=120, since=begun)
     said = stranger.launcher("attach")
     assert (said.code, "no progress: no process of any node wrote anything for 3" in said.first) == (1, True), said.err
+    note("a node stands still, --hang-timeout 30", said.first, taken)
 
 
-def test_f26_a_data_path_that_is_cut_ends_the_run(lab: testbed.Lab, user: User, stranger: User) -> None:
+def test_f25_a_control_path_that_is_cut_costs_no_line_and_no_step(lab: testbed.Lab, user: User, note: Note) -> None:
+    running = user.begin("run", "jobs/work.py", "500")
+    eventually(lambda: user.heard(b"step 20 of 6") > 0, "work", seconds=300)
+    first = lab.machines[0].name  # the one that tells the steps
+    with testbed.cut_control(first):
+        time.sleep(30)
+    said = user.end(running)
+    assert said.code == 0, said.err
+    steps = [int(step) for step in re.findall(r"\| step (\d+) of 6", said.out)]
+    assert steps == list(range(500))
+    (log,) = [path for path in user.new_logs() if path.name == f"{first}.log"]
+    moments = [line.split()[0] for line in log.read_text().splitlines() if " step " in line]
+    times = [datetime.fromisoformat(moment.replace("Z", "+00:00")).timestamp() for moment in moments]
+    longest = max(after - before for before, after in itertools.pairwise(times))
+    assert longest < 5
+    note("the control path is cut for 30 s", "nothing: no line lost or repeated; longest pause of the job:", longest)
+
+
+def test_f26_a_data_path_that_is_cut_ends_the_run(lab: testbed.Lab, user: User, stranger: User, note: Note) -> None:
     detach(lab, user, "--node-grace", str(GRACE), "jobs/apart.py")
     *others, lost = lab.machines
     begun = time.time()
     with testbed.cut_data(lost.name, *(other.address for other in others)):
-        ended(lab, within=GRACE + 20, since=begun)
+        taken = ended(lab, within=GRACE + 20, since=begun)
     said = stranger.launcher("attach")
     assert said.code == 1
     assert said.first.startswith(f"error: node {lost.name}: lost: silent for "), said.err
+    note(f"the data path is cut, --node-grace {GRACE}", said.first, taken)
 
 
 def test_f27_a_node_that_is_gone_ends_the_run_and_attach_learns_it(
-    lab: testbed.Lab, user: User, stranger: User
+    lab: testbed.Lab, user: User, stranger: User, note: Note
 ) -> None:
     detach(lab, user, "--node-grace", str(GRACE), "jobs/apart.py")
     *others, lost = (machine.name for machine in lab.machines)
     begun = time.time()
     with testbed.disconnect(lost):
-        ended(lab, *others, within=GRACE + 15, since=begun)
+        taken = ended(lab, *others, within=GRACE + 15, since=begun)
         said = stranger.launcher("attach")
         assert said.code == 1
         assert said.first.startswith(f"error: node {lost}: lost: silent for "), said.err
@@ -145,26 +177,31 @@ def test_f27_a_node_that_is_gone_ends_the_run_and_attach_learns_it(
     ended(lab, lost, within=GRACE + 30, since=begun)
     stranger.launcher("stop")
     assert containers(lost, role="run") == []
+    note(f"a node is gone, --node-grace {GRACE}", said.first, taken)
 
 
-def test_f27_an_agent_that_is_killed_is_missed_within_seconds(lab: testbed.Lab, user: User, stranger: User) -> None:
+def test_f27_an_agent_that_is_killed_is_missed_within_seconds(
+    lab: testbed.Lab, user: User, stranger: User, note: Note
+) -> None:
     detach(lab, user, "jobs/apart.py")
     victim = lab.machines[1].name
     (container,) = containers(victim, role="run")
     begun = time.time()
     testbed.run(victim, "docker", "kill", container)
-    ended(lab, within=15, since=begun)
+    taken = ended(lab, within=15, since=begun)
     said = stranger.launcher("attach")
     assert (said.code, f"node {victim}" in said.first) == (1, True), said.err
+    note("a run container is killed", said.first, taken)
 
 
-def test_f35_a_fifth_of_all_packets_lost_ends_nothing(lab: testbed.Lab, user: User) -> None:
+def test_f35_a_fifth_of_all_packets_lost_ends_nothing(lab: testbed.Lab, user: User, note: Note) -> None:
     detach(lab, user, "--node-grace", str(GRACE), "jobs/apart.py")
     bad, *others = lab.machines
     with testbed.lose(bad.name, *(other.address for other in others), share=0.2):
         time.sleep(3 * GRACE)
         assert ends([machine.name for machine in lab.machines]) == {}
     assert user.launcher("stop").code == 0
+    note("a fifth of all packets is lost", "nothing: it goes on", 3.0 * GRACE)
 
 
 def test_a_killed_rank_is_started_again_and_the_script_goes_on(lab: testbed.Lab, user: User) -> None:

@@ -205,6 +205,15 @@ def cut_data(node: str, *others: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def cut_control(node: str) -> Iterator[None]:
+    """Nothing passes to or from the node's sshd; the data path is whole."""
+    with _healed(node):
+        run(node, "iptables", "-I", "INPUT", "-p", "tcp", "--dport", "22", "-j", "DROP")
+        run(node, "iptables", "-I", "OUTPUT", "-p", "tcp", "--sport", "22", "-j", "DROP")
+        yield
+
+
+@contextlib.contextmanager
 def lose(node: str, *others: str, share: float) -> Iterator[None]:
     """A share of the packets that come from these addresses is lost."""
     chance = ("-m", "statistic", "--mode", "random", "--probability", str(share))
