@@ -37,14 +37,17 @@ def truth() -> dict[int, float]:
     return alone(JOB)
 
 
-def train(user: User, lab: testbed.Lab, *options: str, close: float) -> dict[str, Any]:
-    """Train by these settings; the losses must be the truth's. Gives back DeepSpeed's effective configuration."""
+def train(user: User, lab: testbed.Lab, *options: str, close: float | None) -> dict[str, Any]:
+    """Train by these settings; the losses must be the truth's. Gives back DeepSpeed's effective configuration.
+
+    Without `close` nothing is said of the losses.
+    """
     told = "/checkpoints/effective.json"
     said = user.launcher("run", *options, "jobs/effective.py", told, "examples/train.py", *JOB)
     assert said.code == 0, said.err + said.out[-3000:]
     found = losses(said.out)
     assert found.keys() == truth().keys()
-    for step, loss in truth().items():
+    for step, loss in truth().items() if close else ():
         assert found[step] == pytest.approx(loss, rel=close), f"step {step}"
     config: dict[str, Any] = json.loads(testbed.run(lab.machines[0].name, "cat", "/mnt/checkpoints/effective.json"))
     return config
@@ -58,10 +61,20 @@ def test_both_ways_train_alike_and_tell_deepspeed_the_same(
     settings: tuple[str, ...] = ("--stage", str(stage), "--precision", precision, "--clipping", "1000")
     if offload != "none":
         settings += ("--offload-optimizer", offload)
-    plugin, file = (train(user, lab, *settings, "--way", way, close=CLOSE[precision]) for way in ("plugin", "file"))
+    # At stage 0 in 16 bits DeepSpeed takes a step without gradients before the first one, so Adam's first real step is
+    # its second (runtime/fp16/unfused_optimizer.py, initialize_optimizer_states): it trains otherwise than plain Adam.
+    close = None if (stage, precision) == (0, "bf16") else CLOSE[precision]
+    plugin, file = (train(user, lab, *settings, "--way", way, close=close) for way in ("plugin", "file"))
     assert plugin == file
     assert (plugin["zero_optimization_stage"], plugin["bfloat16_config"]["enabled"]) == (stage, precision == "bf16")
     assert plugin["zero_config"]["offload_optimizer"]["device"] == offload
+
+
+def test_plain_training_in_16_bits_has_the_losses_of_one_process(user: User) -> None:
+    said = user.launcher("run", "--precision", "bf16", "examples/train.py", *JOB)
+    assert said.code == 0, said.err + said.out[-3000:]
+    found = losses(said.out)
+    assert found == pytest.approx(truth(), rel=CLOSE["bf16"])
 
 
 def test_parameters_are_swapped_to_nvme_through_small_buffers(lab: testbed.Lab, user: User) -> None:
