@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from cluster.errors import InputError
 from launcher.cli.options import (
     Command,
     check_script,
@@ -60,7 +61,7 @@ def rehearse(*, as_json: bool, **asked: Any) -> None:
     import dataclasses
     import shutil
 
-    from launcher import rehearsal
+    from launcher import rehearsal, zero
     from launcher.errors import RunError
     from launcher.record import state_folder
     from launcher.secrets import read_secrets
@@ -69,6 +70,9 @@ def rehearse(*, as_json: bool, **asked: Any) -> None:
     from launcher.views.live import Teller
 
     job = read_job(asked, script=asked["script"], args=asked["args"])
+    if job.settings.stage == "auto":
+        raise InputError("which stage is to be rehearsed?", where="--stage auto", next_step="choose 0, 1, 2 or 3")
+    zero.check(job, accelerator="cpu")
     values = read_secrets((*job.secrets, *asked["secrets"]), environment=os.environ)
     job = dataclasses.replace(job, secrets=tuple(values))
     snapshot = take(Path.cwd())
