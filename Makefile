@@ -28,7 +28,7 @@ QUICK := $(wildcard tests/pure tests/inside tests/docs)
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 .PHONY: setup
 setup: $(STAMP) ## Create .venv with the launcher, the local engine's torch and the tools
@@ -59,8 +59,12 @@ test: setup ## Run all tests; sshd and a Docker engine are needed (.ci/machine g
 	.ci/machine $(PYTEST) $(TESTS) "$${without[@]}" $(PYTEST_OPTIONS)
 
 .PHONY: matrix
-matrix: setup ## Train every ZeRO stage, offload, precision and way on three nodes (about half an hour)
+matrix: setup ## Train every ZeRO stage, offload, precision and way on three nodes (about twenty minutes)
 	@LAUNCHER_TEST_MATRIX=all .ci/machine $(PYTEST) tests/lab/test_matrix.py $(PYTEST_OPTIONS)
+
+.PHONY: faults
+faults: setup ## Try every fault on three nodes in containers, and print a table of what came of it
+	@.ci/machine $(PYTEST) tests/lab/test_faults.py $(PYTEST_OPTIONS)
 
 .PHONY: lint
 lint: setup ## Lint, format, types, storeys; writes nothing
@@ -68,10 +72,6 @@ lint: setup ## Lint, format, types, storeys; writes nothing
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
-
-.PHONY: faults
-faults: setup ## Try every fault on three nodes in containers, and print a table of what came of it
-	@.ci/machine $(PYTEST) tests/lab/test_faults.py $(PYTEST_OPTIONS)
 
 .PHONY: check
 check: lint ## The same, and the quick tests
