@@ -34,7 +34,12 @@ def is_gone(starter: str) -> bool:
     A number that was given away again, another machine, another boot: not proven.
     """
     place, _, pid = starter.rpartition("/")
-    if not pid.isdecimal() or place != _place():
+    return place == _place() and has_ended(pid)
+
+
+def has_ended(pid: str) -> bool:
+    """Whether this machine has no process of that number."""
+    if not pid.isdecimal():
         return False
     try:
         os.kill(int(pid), 0)

@@ -26,6 +26,7 @@ from cluster.errors import CommandError, IntegrityError, LockedError, NodeError
 from cluster.fleet import Machine, each
 from cluster.local import LocalTransport
 from cluster.transport import Transport
+from launcher import operator
 from launcher.shards import Listing, Piece, Wanted, read_listings
 
 HERE = "this machine"
@@ -356,16 +357,7 @@ def _ask(place: Place, verb: str, unit: str, asked: Mapping[str, object], *, tak
 
 def _is_dead(held: LockedError) -> bool:
     host, _, rest = str(held.detail[0]).removeprefix("held by ").partition(":")
-    pid = rest.partition(":")[0]
-    if host != os.uname().nodename or not pid.isdecimal():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+    return host == os.uname().nodename and operator.has_ended(rest.partition(":")[0])
 
 
 def _answer(place: Place, said: Result) -> dict[str, Any]:
