@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import document
-from cluster.command import Command, script
+from cluster.command import script
 from cluster.container import LABEL_RUN
+from cluster.errors import Interrupted
 from cluster.fleet import Machine, each
 from cluster.inventory import Engine, Inventory, read_inventory
 from launcher import execute, nodes, render
@@ -147,6 +148,8 @@ def rehearse(
     threading.Thread(target=inject, daemon=True).start()
     end = execute.carry_out(now, launch, now.memory.run(run_id), secrets=values, show=heard)
     ended.set()
+    if end.code == INTERRUPTED and not injected:
+        raise Interrupted("left; nothing of the rehearsal goes on")
     seconds = time.monotonic() - injected[0] if injected else None
     expected = seconds is not None and is_expected(launch.plan, fault, end)
     return Seen(fault=fault, run=run_id, code=end.code, cause=end.cause, seconds=seconds, expected=expected)
@@ -165,13 +168,9 @@ def _inject(now: Session, plan: Plan, fault: Fault) -> None:
                 machine.engine.stop(one.id, grace=render.engine_grace(one.labels))
                 continue
             rank = "" if fault.whole_node else str(plan.world_size - 1)
-            machine.engine.execute(one.id, _signal(fault.signal, plan.run, machine.name, rank))
+            machine.engine.execute(one.id, script(_SIGNAL, fault.signal, plan.run, machine.name, rank))
 
     each(now.machines if not fault.signal else now.machines[-1:], act)
-
-
-def _signal(*words: str) -> Command:
-    return script(_SIGNAL, *words)
 
 
 def choose(names: Sequence[str]) -> tuple[Fault, ...]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
-from tests.lab.conftest import make_user
+from tests.lab.conftest import eventually, make_user
 
 JOB = """
 import time, torch
@@ -52,6 +53,21 @@ def test_every_fault_ends_the_run_and_is_told_rightly(tmp_path: Path) -> None:
     assert left(mark) == []
     assert list(Path("/tmp").glob("launcher-rehearsal-*")) == []
     assert list((user.home / ".state/rehearsals/clusters").iterdir()) == []
+
+
+def test_ctrl_c_ends_the_whole_rehearsal(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").touch()
+    user = make_user(tmp_path / "project", tmp_path / "cluster.yaml")
+    (user.home / "job.py").write_text(JOB)
+    mark = f"INTERRUPTED={os.getpid()}"
+    running = user.begin("rehearse", "--after", "600", "--env", mark, "job.py")
+    logs = user.home / ".state/rehearsals"
+    eventually(lambda: any(b" step " in path.read_bytes() for path in logs.rglob("logs/*.log")), "the job's first step")
+    os.killpg(running.pid, signal.SIGINT)
+    said = user.end(running)
+    assert (said.code, said.err.count("---")) == (130, 1), said.err
+    assert left(mark) == []
+    assert list(Path("/tmp").glob("launcher-rehearsal-*")) == []
 
 
 def test_a_job_that_is_over_too_soon_is_told_and_its_logs_stay(tmp_path: Path) -> None:
