@@ -270,9 +270,19 @@ class Inventory(_Model):
     )
     nodes: Annotated[tuple[Node, ...], Field(max_length=1024)] = Field(
         description="The machines; the first is the master.",
-        examples=[[{"name": "gpu-01", "host": "10.0.0.11"}]],
+        examples=[[{"name": "gpu-01", "host": "10.0.0.11"}, {"name": "gpu-02", "host": "10.0.0.12"}]],
         json_schema_extra={"minItems": 1},
     )
+    spares: Annotated[tuple[Name, ...], Field(max_length=1024)] = Field(
+        default=(),
+        description="Names of nodes that runs leave out, until one takes the place of a node that is lost.",
+        examples=[["gpu-02"]],
+    )
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The names of the nodes that are no spares."""
+        return tuple(node.name for node in self.nodes if node.name not in self.spares)
 
     @property
     def flavour(self) -> Accelerator:
@@ -312,9 +322,21 @@ def _conflicts(inventory: Inventory) -> Iterator[Problem]:
     yield from _at("host", repeated(hosts, "the machine"))
     addresses = [node.address if far else None for node, far in zip(nodes, distant, strict=True)]
     yield from _at("address", repeated(addresses, "the address"))
+    yield from _spare_conflicts(inventory)
     for index, node in enumerate(nodes):
         for place, what in _node_conflicts(inventory, node):
             yield ("nodes", index, *place), what
+
+
+def _spare_conflicts(inventory: Inventory) -> Iterator[Problem]:
+    names = [node.name for node in inventory.nodes]
+    for index, name in enumerate(inventory.spares):
+        if name not in names:
+            yield ("spares", index), f"{shown(name)} is none of the nodes"
+    for place, what in repeated(inventory.spares, "the spare"):
+        yield ("spares", *place), what
+    if names and not inventory.workers:
+        yield ("spares",), "leaves no node to run on"
 
 
 def _at(key: str, problems: Iterable[Problem]) -> Iterator[Problem]:

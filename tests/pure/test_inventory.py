@@ -90,6 +90,7 @@ def test_the_annotated_example_says_what_it_seems_to_say() -> None:
                 nvme=nvme,
             ),
         ),
+        spares=("gpu-02",),
     )
 
 
