@@ -13,6 +13,7 @@ LABEL_RUN = "launcher.run"
 LABEL_STARTER = "launcher.starter"  # the process that starts the run: when it is gone too early, nobody will
 LABEL_OPERATOR = "launcher.operator"  # who started the run, and from which machine: user@host
 LABEL_RANK = "launcher.rank"
+LABEL_NODES = "launcher.nodes"  # the names of all nodes of the run, in the order of their ranks
 LABEL_OUT = "launcher.out"  # where on the node a run's log is
 LABEL_DETACHED = "launcher.detached"  # no command owns this run: who sees its end clears it away
 LABEL_GRACE = "launcher.grace"  # seconds that a run may take to end by itself

@@ -28,7 +28,7 @@ _SEARCHED = 4 << 20  # bytes at the end of each node's log in which --on-log loo
 # Written since the run's files were put there: a checkpoint, or a part of one.
 _WRITTEN = 'find "$1" -type f -newer "$2" 2>/dev/null | head -n 1'
 
-Prepare = Callable[[Job, str], Launch]
+Prepare = Callable[[Session, Job, str], Launch]
 
 
 def carry_through(
@@ -43,8 +43,8 @@ def carry_through(
 ) -> tuple[str, RunEnded]:
     """Run it to its end, again where that is worth it; the id of the last attempt, and how that ended.
 
-    `prepare(job, run_id)` looks and judges anew. An attempt begins only when nothing of the one before is left on any
-    node that answers.
+    `prepare(now, job, run_id)` looks and judges anew. An attempt begins only when nothing of the one before is left on
+    any node that answers; for nodes that do not, spares stand in as far as there are any.
     """
     first, done = launch.plan.run, 0
     while True:
@@ -57,7 +57,7 @@ def carry_through(
             return launch.plan.run, end
         now.voice.say(f"run {launch.plan.run}: {end.cause}")
         _prove_gone(now, launch.plan)
-        launch, done = _again(now, launch, policy, decision, first=first, done=done, prepare=prepare, sleep=sleep)
+        now, launch, done = _again(now, launch, policy, decision, first=first, done=done, prepare=prepare, sleep=sleep)
 
 
 def _attempt(now: Session, launch: Launch, record: RunRecord, *, secrets: Mapping[str, str], show: Show) -> RunEnded:
@@ -91,8 +91,8 @@ def _again(
     done: int,
     prepare: Prepare,
     sleep: Callable[[float], None],
-) -> tuple[Launch, int]:
-    """The next launch, and how many restarts there were with it; a node that does not answer yet costs one, too."""
+) -> tuple[Session, Launch, int]:
+    """The next launch with its nodes, and how many restarts there were with it; one costs a node's silence, too."""
     delay = decision.delay
     while True:
         done += 1
@@ -100,7 +100,7 @@ def _again(
         sleep(delay)
         job = dataclasses.replace(launch.plan.job, resumes=first, restart=done)
         try:
-            return prepare(job, make_run_id()), done
+            return now, prepare(now, job, make_run_id()), done
         except NodeError as error:
             if done >= policy.restarts:
                 raise

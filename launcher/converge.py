@@ -56,7 +56,7 @@ def converge(
     elif missing_image:
         shipped = ship(now, seen, tag=tag, digest=digest or "", to=missing_image)
     plan = make_plan(now.inventory, job, seen.facts, image=digest or tag)
-    missing = nodes_up(now.machines, plan, seen.found)
+    missing = nodes_up(now.machines, plan, seen.found, partly=now.whole is not None)
     if dry_run:
         todo += tuple(f"write the configuration and start the container of {node}" for node in missing)
     else:

@@ -13,15 +13,25 @@ from pathlib import Path
 
 from cluster.container import LABEL_DETACHED, LABEL_OUT, LABEL_RUN, Container, ContainerState
 from cluster.errors import CommandError, InputError
-from cluster.fleet import Machine, each
+from cluster.fleet import Answers, Machine, each
 from launcher import checks, ladder, operator, render, zero
 from launcher.converge import Converged, converge, image_tag, told
 from launcher.events import CodeArrived, NodeEnded, NodeStarted, RunBegan, RunEnded, StageBegan
 from launcher.job import NODE_GRACE, Job
 from launcher.ladder import Question
-from launcher.plan import Plan, choose_port, make_plan, node_root
+from launcher.plan import Plan, choose_port, make_plan, node_root, stays_here
 from launcher.record import RunRecord
-from launcher.session import LOOK_DEADLINE, Seen, Session, find_ours, live_run, look, ours
+from launcher.session import (
+    LOOK_DEADLINE,
+    Seen,
+    Session,
+    find_ours,
+    is_under_way,
+    look,
+    nodes_of,
+    ours,
+    run_containers,
+)
 from launcher.snapshot import Snapshot
 from launcher.stages.code import send_code
 from launcher.stages.evidence import fetch_evidence
@@ -68,9 +78,11 @@ def prepare(
     model = ladder.check_question(question) if job.settings.stage == "auto" else None
     tag = image_tag(now.inventory)
     seen = look(now, tag=tag, keep=not dry_run)
-    refuse_foreign(seen.found)
+    refuse_foreign(seen.found if dry_run else _sweep(now, seen.found))
     first = seen.facts[now.inventory.nodes[0].name]
-    meeting = choose_port(first, seed=run_id) if any_port else port or now.inventory.master_port
+    every = (now.whole or now).inventory
+    span = len(every.nodes) if stays_here(every) else 1
+    meeting = choose_port(first, seed=run_id, span=span) if any_port else port or now.inventory.master_port
     found = checks.findings(now.inventory, seen.facts, port=meeting, nvme=zero.needs_nvme(job))
     for finding in checks.judge(found, ignored=ignored):
         now.voice.warn(finding)
@@ -213,14 +225,71 @@ _RUN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 def choose_run(now: Session, run_id: str | None) -> str:
     """The run that is meant: the named one, the one under way, the newest that is known here."""
     if run_id:
-        if not _RUN.fullmatch(run_id):
-            raise InputError(f"{run_id!r} is no run", next_step="launcher ls shows the runs that are known here")
-        return run_id
-    live = live_run(find_ours(now).good)
+        return check_run(run_id)
+    live = _standing(now, find_ours(now).good)
     known = [record.run for record in now.memory.runs() if record.state().run or record.mirrored()]
     if live or known:
         return live or known[-1]
     raise InputError(f"no run of cluster {now.inventory.name} is known", next_step="launcher run SCRIPT")
+
+
+def check_run(run_id: str) -> str:
+    """The id; `InputError` when it is none."""
+    if not _RUN.fullmatch(run_id):
+        raise InputError(f"{run_id!r} is no run", next_step="launcher ls shows the runs that are known here")
+    return run_id
+
+
+def _standing(now: Session, found: Mapping[str, tuple[Container, ...]]) -> str | None:
+    """The run that is under way, else the newest that has ended and was not cleared away; `InputError` for several.
+
+    What is left of a run that is over, on a node that was given up, does not count beside a run that is not.
+    """
+    runs = run_containers(found)
+    live = [run for run, containers in runs.items() if is_under_way(containers)]
+    live = [run for run in live if not now.memory.run(run).state().is_over] or live
+    if len(live) > 1:
+        raise InputError(
+            f"{len(live)} runs are under way: which one is meant?",
+            detail=tuple(f"{run} on {', '.join(nodes_of(runs[run]) or runs[run])}" for run in live),
+            next_step=f"name it, as {live[-1]}",
+        )
+    return live[0] if live else max(runs, default=None)
+
+
+def _named(now: Session, found: Mapping[str, tuple[Container, ...]], run_id: str | None) -> str | None:
+    """The run that is meant among those that stand on the nodes; None where there is none."""
+    if run_id is None:
+        return _standing(now, found)
+    return run_id if run_id in run_containers(found) else None
+
+
+def _silent(found: Answers[tuple[Container, ...]], nodes: Sequence[str]) -> Answers[tuple[Container, ...]]:
+    """The same answers, without the silence of those that have no part in a run on `nodes` (empty: nobody knows)."""
+    return replace(found, bad={node: error for node, error in found.bad.items() if not nodes or node in nodes})
+
+
+def _sweep(
+    now: Session, found: Mapping[str, tuple[Container, ...]], *, but: str = ""
+) -> Mapping[str, tuple[Container, ...]]:
+    """Clear away what is left of runs that are over, on nodes that did not answer when they ended; what then stands.
+
+    Over is what was told to be, here: of what others have started, and of what nobody has watched, nothing is touched.
+    """
+    runs = {run: containers for run, containers in run_containers(found).items() if run != but}
+    over = {run for run in runs if now.memory.run(run).state().is_over}
+
+    def left(node: str) -> list[Container]:
+        return [runs[run][node] for run in over if node in runs[run]]
+
+    def clear(machine: Machine) -> None:
+        for one in left(machine.name):
+            if one.is_live:
+                machine.engine.stop(one.id, grace=render.engine_grace(one.labels))
+            machine.engine.remove(one.id)
+
+    each([machine for machine in now.machines if left(machine.name)], clear).all_or_raise()
+    return {node: tuple(one for one in ones if one not in left(node)) for node, ones in found.items()}
 
 
 def show_logs(now: Session, run_id: str, *, show: Show, follow: bool) -> None:
@@ -229,8 +298,9 @@ def show_logs(now: Session, run_id: str, *, show: Show, follow: bool) -> None:
     What is mirrored here is shown also when its node does not answer; a warning says so.
     """
     record = now.memory.run(run_id)
-    found = find_ours(now, run=run_id)
-    containers = _of_run(found.good, run_id)
+    every = find_ours(now, run=run_id)
+    containers = _of_run(every.good, run_id)
+    found = _silent(every, nodes_of(containers) or tuple(_planned_folders(record)))
     if follow and containers:
         with suppress(Detached):
             _follow_found(now, containers, record, show=show)
@@ -257,36 +327,39 @@ def _print(record: RunRecord, until: Mapping[str, int], show: Show) -> None:
         show(node, line)
 
 
-def attach(now: Session, *, show: Show) -> tuple[str, RunEnded]:
-    """Watch the run under way to its end; raises `Detached` when the user leaves.
+def attach(now: Session, run_id: str | None = None, *, show: Show) -> tuple[str, RunEnded]:
+    """Watch a run under way to its end, the only one where none is named; raises `Detached` when the user leaves.
 
     Nodes that do not answer are left out: how their part ended, their guards told the others.
     """
     found = find_ours(now)
-    run_id = live_run(found.good)
+    asked, run_id = run_id, _named(now, found.good, run_id)
     if run_id is None:
         found.all_or_raise()
         raise InputError(
-            f"no run of cluster {now.inventory.name} is under way", next_step="launcher logs shows the last one"
+            f"run {asked} is not under way" if asked else f"no run of cluster {now.inventory.name} is under way",
+            next_step=f"launcher logs {asked}" if asked else "launcher logs shows the last one",
         )
     record = now.memory.run(run_id)
-    for node, error in found.bad.items():
+    for node, error in _silent(found, nodes_of(_of_run(found.good, run_id))).bad.items():
         now.voice.say(f"warning: {error.where}: {error.what}; what the others heard of it must do")
         record.emit(NodeEnded(time=time.time(), node=node, code=1, lost=f"lost: {error.what}"))
     return run_id, _follow_found(now, _of_run(found.good, run_id), record, show=show)
 
 
-def stop(now: Session) -> RunEnded | None:
-    """End the run under way, in order, on every node that answers, and clear it away; None when there is none.
+def stop(now: Session, run_id: str | None = None) -> RunEnded | None:
+    """End a run under way, in order, on every node that answers, and clear it away; None when there is none.
 
-    The nodes that do not answer are told of at the end.
+    It is the only one where none is named. The nodes that do not answer are told of at the end.
     """
     found = find_ours(now)
-    run_id = live_run(found.good)
+    run_id = _named(now, found.good, run_id)
+    _sweep(now, found.good, but=run_id or "")
     if run_id is None:
         found.all_or_raise()
         return None
     record = now.memory.run(run_id)
+    nodes = nodes_of(_of_run(found.good, run_id))
     containers = _without_unstarted(now, _of_run(found.good, run_id))
 
     def end(machine: Machine) -> None:
@@ -299,7 +372,7 @@ def stop(now: Session) -> RunEnded | None:
     else:
         ended = RunEnded(time=time.time(), code=INTERRUPTED, cause="it had not been started")
         record.emit(ended)
-    found.all_or_raise()
+    _silent(found, nodes).all_or_raise()
     return ended
 
 

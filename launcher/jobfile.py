@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from cluster.allowed import Env, LocalPath, Secrets
+from cluster.allowed import Env, LocalPath, Name, Secrets
 from cluster.complaints import judge
 from cluster.document import Document
 from launcher.job import Offload, Precision, Settings, Stage, Way
@@ -62,6 +62,7 @@ class JobFile(BaseModel):
     checkpointing: bool | None = Field(default=None, description="For stage auto: activations are computed again.")
     env: Env = Field(default={}, description="Environment of the job.")
     secrets: Secrets = Field(default=(), description="Names of secrets.")
+    nodes: tuple[Name, ...] = Field(default=(), description="Only on these nodes, in the order of their ranks.")
     grace: Annotated[int, Field(ge=0, le=3600)] | None = Field(
         default=None, description="Seconds that the job may take to end when it is asked to."
     )

@@ -238,11 +238,13 @@ def _nic_of(address: str, facts: NodeFacts) -> str:
     return next((nic.name for nic in facts.nics if address in nic.addresses), "")
 
 
-def choose_port(facts: NodeFacts, *, seed: str) -> int:
+def choose_port(facts: NodeFacts, *, seed: str, span: int = 1) -> int:
     """A port that is free on rank 0's machine, and below those that Linux deals out itself (from 32768).
 
-    The seed (the run id) decides where the search begins, so that two runs that start at once take two.
+    The seed (the run id) decides where the search begins, so that two runs that start at once take two. Where `span`
+    nodes are one machine, their guards take as many ports from there: another run's are not listed, but follow on its
+    own. So none of the taken ports may be nearer than that.
     """
-    taken = {listener.port for listener in facts.listeners}
+    near = {listener.port + step for listener in facts.listeners for step in range(1 - span, span)}
     start = 20000 + zlib.crc32(seed.encode()) % 10000
-    return next(port for port in range(start, start + 20000) if port not in taken)
+    return next(port for port in range(start, start + 20000) if port not in near)

@@ -7,15 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cluster.container import LABEL_CLUSTER, LABEL_OWNER, LABEL_ROLE, LABEL_RUN, Container
+from cluster.container import (
+    LABEL_CLUSTER,
+    LABEL_NODES,
+    LABEL_OWNER,
+    LABEL_ROLE,
+    LABEL_RUN,
+    Container,
+    ContainerState,
+)
 from cluster.errors import CommandError, InputError
 from cluster.facts import NodeFacts
 from cluster.fleet import Answers, Machine, ask_facts, closing, connect, each
 from cluster.inventory import Inventory
-from launcher import checks, render
+from launcher import checks, operator, render
 from launcher.image import Progress
 from launcher.record import ClusterMemory
 
@@ -55,12 +63,13 @@ def showing(voice: Voice) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """One command's dealings with one cluster."""
+    """One command's dealings with one cluster, or with some of its nodes; `whole` is then the one with all of them."""
 
     inventory: Inventory
     memory: ClusterMemory
     machines: Sequence[Machine]
     voice: Voice
+    whole: Session | None = None
 
 
 @contextmanager
@@ -99,7 +108,7 @@ def look(now: Session, *, tag: str, keep: bool = True) -> Seen:
     asked = each(now.machines, ask, deadline=LOOK_DEADLINE).all_or_raise()
     facts = {node: one for node, (one, _, _) in asked.items()}
     if keep:
-        now.memory.save_facts(facts)
+        now.memory.save_facts({**now.memory.load_facts(), **facts})
     return Seen(
         facts=facts,
         found={node: containers for node, (_, containers, _) in asked.items()},
@@ -122,15 +131,28 @@ def find_ours(now: Session, *, run: str | None = None) -> Answers[tuple[Containe
     return each(now.machines, ask, deadline=LOOK_DEADLINE)
 
 
-def live_run(found: Mapping[str, tuple[Container, ...]]) -> str | None:
-    """The id of the run that is under way, or has ended and not been cleared away."""
-    runs = [
-        (one.is_live, one.labels.get(LABEL_RUN, ""))
-        for containers in found.values()
-        for one in containers
-        if one.labels.get(LABEL_ROLE) == render.ROLE_RUN
-    ]
-    return max(runs)[1] if runs else None
+def run_containers(found: Mapping[str, tuple[Container, ...]]) -> dict[str, dict[str, Container]]:
+    """The containers of runs that stand on the nodes: by run, the oldest first, and by node."""
+    runs: dict[str, dict[str, Container]] = {}
+    for node, containers in found.items():
+        for one in containers:
+            if one.labels.get(LABEL_ROLE) == render.ROLE_RUN:
+                runs.setdefault(one.labels.get(LABEL_RUN, ""), {})[node] = one
+    return dict(sorted(runs.items()))
+
+
+def is_under_way(containers: Mapping[str, Container]) -> bool:
+    """Whether a run lives on any of its nodes, or is about to."""
+    return any(
+        one.is_live or (one.state is ContainerState.CREATED and not operator.never_starts(one))
+        for one in containers.values()
+    )
+
+
+def nodes_of(containers: Mapping[str, Container]) -> tuple[str, ...]:
+    """The names of all nodes of a run by its containers on some of them; empty where those do not tell."""
+    told = (one.labels.get(LABEL_NODES, "") for one in containers.values())
+    return next((tuple(names.split(",")) for names in told if names), ())
 
 
 def idle_container(now: Session, machine: Machine) -> Container:
@@ -141,6 +163,21 @@ def idle_container(now: Session, machine: Machine) -> Container:
     if not live:
         raise CommandError(machine.name, "it is not up", next_step="launcher up")
     return live[0]
+
+
+def narrowed(now: Session, names: Sequence[str] = ()) -> Session:
+    """The session with these nodes alone, in this order; with all but the spares where none is named."""
+    names = tuple(names) or now.inventory.workers
+    if names == tuple(machine.name for machine in now.machines):
+        return now
+    nodes = {node.name: node for node in now.inventory.nodes}
+    chosen = {"nodes": tuple(nodes[name] for name in names), "spares": ()}
+    return replace(
+        now,
+        inventory=now.inventory.model_copy(update=chosen),
+        machines=choose_machines(now, names),
+        whole=now.whole or now,
+    )
 
 
 def choose_machines(now: Session, names: tuple[str, ...]) -> tuple[Machine, ...]:

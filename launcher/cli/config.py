@@ -21,6 +21,7 @@ from launcher.cli.options import (
     opened,
     read_job,
     show_json,
+    with_nodes,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def config_show(cluster: str | None, node: str | None, *, as_json: bool, **asked
 
     job = read_job(asked, script="SCRIPT", args=())
     with opened(cluster) as now:
-        plan = converge.plan_only(now, job)
+        plan = converge.plan_only(with_nodes(now, {**asked, "nodes": ()}), job)
     chosen = [one for one in plan.nodes if node in (None, one.name)]
     if not chosen:
         raise InputError(

@@ -248,6 +248,33 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def nodes_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--nodes`: some of the cluster's nodes."""
+    return click.option(
+        "--nodes",
+        multiple=True,
+        metavar="NODE,...",
+        help="Only on these, in the order of their ranks.  [default: all but the spares]",
+    )(command)
+
+
+def with_nodes(now: Session, asked: dict[str, Any]) -> Session:
+    """The session with the nodes that --nodes names, or the job file; with all but the spares where neither does."""
+    from launcher.session import narrowed
+
+    file, document = _job_file(asked["job_file"])
+    flags = [name for text in asked["nodes"] for name in text.split(",")]
+    names, known = flags or file.nodes, [machine.name for machine in now.machines]
+    for index, name in enumerate(names):
+        where = "--nodes" if flags or document is None else document.where(("nodes", index))
+        if name not in known:
+            cure = f"the nodes are: {', '.join(known)}"
+            raise InputError(f"there is no node {name!r}", where=where, next_step=cure)
+        if name in names[:index]:
+            raise InputError(f"the node {name} is named twice", where=where, next_step="name it once")
+    return narrowed(now, names)
+
+
 def read_question(asked: dict[str, Any], job: Job) -> Question | None:
     """The model that the options of `model_options`, or the job file, name; None where they name none."""
     from launcher.ladder import SEQUENCE, Question

@@ -18,6 +18,7 @@ from launcher.cli.options import (
     read_job,
     read_question,
     show_json,
+    with_nodes,
 )
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ def plan(cluster: str | None, *, as_json: bool, **asked: Any) -> None:
         model, choice = ladder.plan(None, question, recipe, machines, asked=rung)
     else:
         with opened(cluster) as now:
-            machines = ladder.survey(now)
-            model, choice = ladder.plan(now, question, recipe, machines, asked=rung)
+            chosen = with_nodes(now, {**asked, "nodes": ()})
+            machines = ladder.survey(chosen)
+            model, choice = ladder.plan(chosen, question, recipe, machines, asked=rung)
     if as_json:
         show_json(view.ladder_data(model, machines, choice))
     else:

@@ -19,11 +19,13 @@ from launcher.cli.options import (
     launcher,
     log_view,
     model_options,
+    nodes_option,
     opened,
     quit_with_reader,
     read_job,
     read_question,
     show_json,
+    with_nodes,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 @cluster_option
 @job_options
 @model_options
+@nodes_option
 @click.option("--engine", type=click.Choice(["docker", "process"]), help="In place of the inventory's engine.")
 @click.option("--port", metavar="PORT|auto", help="Where the processes meet. Default: the inventory's master_port.")
 @click.option("--secret", "secrets", multiple=True, metavar="NAME", help="A secret, from the environment.")
@@ -91,6 +94,7 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
     launcher run --stage 3 --offload-optimizer nvme train.py
     launcher run --stage auto --model config.json --precision bf16 train.py
     launcher run --ds-config zero3.json train.py
+    launcher run --nodes gpu-01,gpu-02 train.py
     launcher run --job job.yaml           script and settings from a file; options win over it
     """
     from launcher import execute
@@ -115,13 +119,14 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
     port, any_port = _port(asked["port"])
     snapshot = take(Path.cwd(), limit_bytes=asked["snapshot_limit"] << 20)
     check_script(job.script, {entry.path for entry in snapshot.entries})
-    with opened(cluster, engine=asked["engine"], keep=not dry_run) as now:
+    with opened(cluster, engine=asked["engine"], keep=not dry_run) as whole:
+        now = with_nodes(whole, asked)
         names = (*now.inventory.container.secrets, *job.secrets, *asked["secrets"])
         secrets = read_secrets(names, environment=os.environ, file=asked["secrets_file"])
         watched = {name: asked[name] for name in ("node_grace", "hang_timeout")}
         job = _with(job, secrets=tuple(secrets), detached=detach, **watched)
 
-        def prepare(job: Job, run_id: str) -> Launch:
+        def prepare(now: Session, job: Job, run_id: str) -> Launch:
             return execute.prepare(
                 now,
                 job,
@@ -134,7 +139,7 @@ def run(cluster: str | None, *, detach: bool, dry_run: bool, as_json: bool, **as
                 dry_run=dry_run,
             )
 
-        launch = prepare(job, execute.make_run_id())
+        launch = prepare(now, job, execute.make_run_id())
         if dry_run:
             todo = (*launch.todo, f"send {len(snapshot.entries)} files", "start the run's containers on every node")
             if as_json:
@@ -171,7 +176,8 @@ def _run(
     from launcher import attempts, execute
 
     _tell(now, launch)
-    show = log_view([node.name for node in launch.plan.nodes])
+    spares = now.whole.inventory.spares if now.whole and policy.restarts else ()
+    show = log_view([*dict.fromkeys((*(node.name for node in launch.plan.nodes), *spares))])
     with execute.leaving_on_signals():
         run_id, end = attempts.carry_through(now, launch, policy, prepare=prepare, secrets=secrets, show=show)
     _finish(now, run_id, end, as_json=as_json)
@@ -225,33 +231,44 @@ def _port(text: str | None) -> tuple[int | None, bool]:
 @launcher.command()
 @cluster_option
 @json_option
-def attach(cluster: str | None, *, as_json: bool) -> None:
+@click.argument("run_id", required=False, metavar="[RUN]")
+def attach(cluster: str | None, run_id: str | None, *, as_json: bool) -> None:
     """Watch the run that is under way, from wherever; Ctrl-C only leaves.
+
+    Where several are, name one of them.
 
     \b
     launcher attach
+    launcher attach 20261126-170512-a01b
     """
     from launcher import execute
 
     quit_with_reader()
+    if run_id:
+        execute.check_run(run_id)
     with opened(cluster) as now:
         show = log_view([node.name for node in now.inventory.nodes])
-        run_id, end = execute.attach(now, show=show)
-        _finish(now, run_id, end, as_json=as_json)
+        found, end = execute.attach(now, run_id, show=show)
+        _finish(now, found, end, as_json=as_json)
 
 
 @launcher.command()
 @cluster_option
-def stop(cluster: str | None) -> None:
+@click.argument("run_id", required=False, metavar="[RUN]")
+def stop(cluster: str | None, run_id: str | None) -> None:
     """Stop the run that is under way, in order, on every node.
+
+    Where several are, name one of them.
 
     \b
     launcher stop
+    launcher stop 20261126-170512-a01b
     """
     from launcher import execute
 
+    if run_id:
+        execute.check_run(run_id)
     with opened(cluster) as now:
-        end = execute.stop(now)
-    click.echo(
-        "no run is under way" if end is None else f"{end.cause or 'it had ended'}; nothing of it is left", err=True
-    )
+        end = execute.stop(now, run_id)
+    none = f"run {run_id} is not under way" if run_id else "no run is under way"
+    click.echo(none if end is None else f"{end.cause or 'it had ended'}; nothing of it is left", err=True)

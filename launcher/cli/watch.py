@@ -36,13 +36,17 @@ def status(cluster: str | None, *, as_json: bool) -> None:
         hosts = {node.name: node.host for node in now.inventory.nodes}
         lost = {node: error.what for node, error in answers.bad.items()}
         unstarted = [one.id for ones in answers.good.values() for one in ones if operator.never_starts(one)]
-        rows = text.status_rows(answers.good, hosts, lost=lost, unstarted=unstarted)
+        spares = now.inventory.spares
+        rows = text.status_rows(answers.good, hosts, lost=lost, unstarted=unstarted, spares=spares)
         runs = now.memory.runs()
         last = runs[-1].state() if runs else None
+        there = [run for run in session.run_containers(answers.good) if last is None or run != last.run]
+        others = [state for run in there if (state := now.memory.run(run).state()).run]
     if as_json:
-        show_json({"cluster": now.inventory.name, "nodes": rows, "last_run": text.state_data(last)})
+        told = {"last_run": text.state_data(last), "other_runs": [text.state_data(one) for one in others]}
+        show_json({"cluster": now.inventory.name, "nodes": rows, **told})
     else:
-        click.echo(text.status_text(now.inventory.name, rows, last))
+        click.echo(text.status_text(now.inventory.name, rows, last, others))
     answers.all_or_raise()
 
 

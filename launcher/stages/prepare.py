@@ -40,14 +40,17 @@ def put_run(machine: Machine, plan: Plan, node: NodePlan, *, key: str) -> None:
 
 
 def nodes_up(
-    machines: Sequence[Machine], plan: Plan, found: Mapping[str, tuple[Container, ...]]
+    machines: Sequence[Machine], plan: Plan, found: Mapping[str, tuple[Container, ...]], *, partly: bool = False
 ) -> dict[str, NodePlan]:
-    """The nodes whose idle container is missing, ended, or was made for something else."""
+    """The nodes whose idle container is missing, ended, or was made for something else.
+
+    A plan of some of the nodes (`partly`) is no reason to make those anew that have its image: they know of all nodes.
+    """
     missing = {}
     for machine, node in zip(machines, plan.nodes, strict=True):
         wanted = render.node_container(plan, node).labels[LABEL_PLAN]
         live = [one for one in found[machine.name] if one.labels.get(LABEL_ROLE) == render.ROLE_NODE and one.is_live]
-        if not any(one.labels.get(LABEL_PLAN) == wanted for one in live):
+        if not any(one.labels.get(LABEL_PLAN) == wanted or (partly and one.image == plan.image) for one in live):
             missing[machine.name] = node
     return missing
 

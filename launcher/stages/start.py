@@ -43,16 +43,18 @@ def _held(node: str, by: Container) -> LockedError:
     return LockedError(
         f"run {run} is under way{who} (container {by.name})",
         where=f"node {node}",
-        next_step="launcher attach to watch it, launcher stop to end it",
+        next_step=f"launcher attach {run} to watch it, launcher stop {run} to end it",
     )
 
 
 def start_run(machines: Sequence[Machine], plan: Plan, secrets: Mapping[str, str]) -> Mapping[str, str]:
     """Create all containers, then start all; gives back their ids by node.
 
-    The names are the lock: whoever makes the first node's container has the run, so of two operators one wins. When
-    one container cannot be had, those that were made are removed again.
+    The names are the lock: whoever makes the first container has the run, so of two operators who want the same nodes
+    one wins, in whatever order they name them. When one container cannot be had, those that were made are removed
+    again.
     """
+    first, *others = sorted(machines, key=lambda machine: machine.name)
     nodes = {node.name: node for node in plan.nodes}
     made: dict[str, str] = {}
 
@@ -67,8 +69,8 @@ def start_run(machines: Sequence[Machine], plan: Plan, secrets: Mapping[str, str
         return container
 
     try:
-        each(machines[:1], create).all_or_raise()
-        each(machines[1:], create).all_or_raise()
+        each([first], create).all_or_raise()
+        each(others, create).all_or_raise()
         return each(machines, start).all_or_raise()
     except BaseException:
         undo_run(machines, plan)

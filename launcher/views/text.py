@@ -114,6 +114,7 @@ def status_rows(
     *,
     lost: Mapping[str, str],
     unstarted: Collection[str] = (),
+    spares: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """One row a node: what stands there of ours; `lost` are those that did not answer, and why.
 
@@ -133,21 +134,24 @@ def status_rows(
                 "state": None if run is None else "never started" if run.id in unstarted else run.state.value,
                 "code": run.code if run else None,
                 "lost": lost.get(node),
+                "spare": node in spares,
             }
         )
     return rows
 
 
-def status_text(cluster: str, rows: Sequence[Mapping[str, Any]], last: RunState | None) -> str:
-    """The rows as a table, and how the last run that is known here went."""
+def status_text(
+    cluster: str, rows: Sequence[Mapping[str, Any]], last: RunState | None, others: Sequence[RunState] = ()
+) -> str:
+    """The rows as a table, and how the last run that is known here went, and `others` that stand on the nodes."""
     cells = [("NODE", "HOST", "UP", "RUN", "STATE")]
     for row in rows:
         code = f" ({row['code']})" if row["code"] is not None else ""
-        run = row["run"] or "-"
+        run = row["run"] or ("spare" if row["spare"] else "-")
         state = f"{row['state'] or '-'}{code}"
         up = "?" if row["lost"] else "yes" if row["up"] else "no"
         cells.append((row["node"], row["host"], up, run, row["lost"] or state))
-    lines = [f"cluster {cluster}", table(cells)]
+    lines = [f"cluster {cluster}", table(cells), *(f"run {one.run}: {state_line(one)}" for one in others)]
     if last and last.run:
         lines.append(f"last run {last.run}: {state_line(last)}")
         seen = all(row["run"] is None and not row["lost"] for row in rows)

@@ -328,6 +328,33 @@ def test_a_job_file_says_what_the_command_line_does_not(call: Shell) -> None:
     assert (node["launch"][-3:], node["environment"]["A"]) == (["train.py", "--epochs", "3"], "b")
 
 
+def test_nodes_are_named_here_or_in_the_job_file(call: Shell) -> None:
+    local = "{name: %s, host: localhost, transport: local}"
+    nodes = ", ".join(local % name for name in ("one", "two", "three"))
+    head = "name: lab\nengine: process\naccelerator: cpu\n"
+    (call.folder / "cluster.yaml").write_text(f"{head}nodes: [{nodes}]\nspares: [three]\n")
+    (call.folder / "train.py").write_text("")
+    (call.folder / "job.yaml").write_text("script: train.py\nnodes: [two, one]\n")
+
+    def ranks(*words: str) -> list[str]:
+        told = call("run", *AUTO, *words, "--dry-run", "--json", "train.py")
+        assert told.code == 0, told.err
+        return list(json.loads(told.out)["nodes"])
+
+    assert ranks() == ["one", "two"]
+    assert ranks("--job", "job.yaml") == ["two", "one"]
+    assert ranks("--job", "job.yaml", "--nodes", "three,one", "--nodes", "two") == ["three", "one", "two"]
+    told = call("run", *AUTO, "--nodes", "one,four", "--dry-run", "train.py")
+    assert (told.code, told.err) == (
+        2,
+        "error: --nodes: there is no node 'four'\n  next: the nodes are: one, two, three\n",
+    )
+    assert call("run", "--nodes", "one,one", "train.py").err.startswith("error: --nodes: the node one is named twice")
+    (call.folder / "job.yaml").write_text("nodes: [two, four]\n")
+    told = call("run", "--job", "job.yaml", "train.py")
+    assert (told.code, told.err.splitlines()[0]) == (2, "error: job.yaml:1:14: there is no node 'four'")
+
+
 def test_an_accelerate_yaml_of_the_users_own_gives_the_settings(call: Shell) -> None:
     (call.folder / "cluster.yaml").write_text(LOCAL)
     (call.folder / "train.py").write_text("")

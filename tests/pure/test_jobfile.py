@@ -34,6 +34,7 @@ set: {zero_optimization.round_robin_gradients: true}
 env: {WANDB_MODE: offline}
 secrets: [HF_TOKEN]
 grace: 30
+nodes: [gpu-02, gpu-01]
 """
     )
     assert said.settings == Settings(
@@ -48,10 +49,11 @@ grace: 30
         overrides=(("zero_optimization.round_robin_gradients", True),),
     )
     assert (said.script, said.args, said.grace) == ("train.py", ("--epochs", "3"), 30)
+    assert said.nodes == ("gpu-02", "gpu-01")
 
 
 def test_every_setting_has_its_key_and_every_key_of_a_setting_its_field() -> None:
-    others = {"script", "args", "set", "ds_config", "env", "secrets", "grace"}
+    others = {"script", "args", "set", "ds_config", "env", "secrets", "grace", "nodes"}
     others |= {"parameters", "model", "model_from", "sequence", "checkpointing"}
     assert set(JobFile.model_fields) - others == set(Settings.__dataclass_fields__) - {"overrides"}
 

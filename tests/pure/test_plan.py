@@ -214,6 +214,15 @@ def test_runs_that_start_at_once_take_different_free_ports() -> None:
     assert choose_port(taken, seed="20261126-170512-a01b") != first
 
 
+def test_the_guards_of_two_runs_on_one_machine_take_different_ports() -> None:
+    seed = "20261126-170512-a01b"
+    first = choose_port(given.facts(), seed=seed)
+    above, below = (replace(given.facts(), listeners=(Listener(port=first + step),)) for step in (2, -2))
+    assert choose_port(above, seed=seed, span=2) == choose_port(below, seed=seed, span=2) == first
+    assert choose_port(above, seed=seed, span=3) == first + 5
+    assert choose_port(below, seed=seed, span=3) == first + 1
+
+
 def test_the_port_is_the_inventorys_unless_another_is_given() -> None:
     inventory = given.inventory(nodes=1, master_port=31000)
     facts = given.all_facts(inventory)

@@ -156,7 +156,7 @@ def test_status_is_one_row_a_node() -> None:
         "gpu-04": (),
     }
     hosts = {name: f"{name}.example" for name in (*found, "gpu-05")}
-    rows = text.status_rows(found, hosts, lost={"gpu-05": "connection refused"})
+    rows = text.status_rows(found, hosts, lost={"gpu-05": "connection refused"}, spares=("gpu-04",))
     assert rows[0] == {
         "node": "gpu-01",
         "host": "gpu-01.example",
@@ -165,6 +165,7 @@ def test_status_is_one_row_a_node() -> None:
         "state": "running",
         "code": None,
         "lost": None,
+        "spare": False,
     }
     assert text.status_text("lab", rows, None).splitlines() == [
         "cluster lab",
@@ -172,7 +173,7 @@ def test_status_is_one_row_a_node() -> None:
         "gpu-01  gpu-01.example  yes  run-1  running",
         "gpu-02  gpu-02.example  no   -      -",
         "gpu-03  gpu-03.example  yes  run-1  ended (1)",
-        "gpu-04  gpu-04.example  no   -      -",
+        "gpu-04  gpu-04.example  no   spare  -",
         "gpu-05  gpu-05.example  ?    -      connection refused",
     ]
 
@@ -194,6 +195,8 @@ def test_a_run_that_is_over_is_one_line() -> None:
     assert text.state_line(OVER) == "failed after 61 s: node gpu-02, rank 5: killed by SIGKILL"
     assert text.state_line(replace(OVER, phase="done", code=0, cause="")) == "done after 61 s"
     assert text.status_text("lab", [], OVER).splitlines()[-1] == f"last run run-1: {text.state_line(OVER)}"
+    other = replace(OVER, run="run-0", phase="watch", code=None, ended=None)
+    assert text.status_text("lab", [], OVER, [other]).splitlines()[-2] == f"run run-0: {text.state_line(other)}"
 
 
 def test_a_run_under_way_says_since_when() -> None:
