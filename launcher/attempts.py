@@ -21,7 +21,7 @@ from launcher.job import Job
 from launcher.plan import Plan
 from launcher.record import RunRecord
 from launcher.restart import Decision, Policy, judge
-from launcher.session import Session, ours
+from launcher.session import Session, find_ours, is_under_way, narrowed, ours, run_containers
 from launcher.stages.logs import Show
 
 _SEARCHED = 4 << 20  # bytes at the end of each node's log in which --on-log looks
@@ -98,6 +98,7 @@ def _again(
         done += 1
         now.voice.say(f"starting again in {delay:.0f} s (restart {done} of {policy.restarts}): {decision.why}")
         sleep(delay)
+        now = with_spares(now)
         job = dataclasses.replace(launch.plan.job, resumes=first, restart=done)
         try:
             return now, prepare(now, job, make_run_id()), done
@@ -106,6 +107,21 @@ def _again(
                 raise
             now.voice.say(f"warning: {error.where}: {error.what}")
             delay *= 2
+
+
+def with_spares(now: Session) -> Session:
+    """The same nodes, but a spare that is free in the place of each that does not answer, as far as there are any."""
+    lost = find_ours(now).bad
+    whole = now.whole or now
+    spares = [name for name in whole.inventory.spares if name not in {machine.name for machine in now.machines}]
+    if not lost or not spares:
+        return now
+    stands = find_ours(narrowed(whole, spares)).good
+    free = [name for name in stands if not any(map(is_under_way, run_containers({name: stands[name]}).values()))]
+    instead = dict(zip(lost, free, strict=False))
+    for node, spare in instead.items():
+        now.voice.say(f"node {node} does not answer: the spare {spare} takes its place ({lost[node].what})")
+    return narrowed(whole, [instead.get(machine.name, machine.name) for machine in now.machines])
 
 
 def _prove_gone(now: Session, plan: Plan) -> None:

@@ -9,15 +9,20 @@ from typing import Any
 import pytest
 
 from cluster.container import (
+    LABEL_CLUSTER,
     LABEL_NODE,
+    LABEL_NODES,
+    LABEL_OWNER,
     LABEL_ROLE,
     LABEL_RUN,
     Container,
+    ContainerSpec,
     ContainerState,
 )
 from cluster.errors import InputError, LockedError, UnreachableError
 from cluster.fleet import Machine
 from launcher import execute
+from launcher.attempts import with_spares
 from launcher.converge import converge
 from launcher.events import RunBegan, RunEnded
 from launcher.job import Job
@@ -182,3 +187,24 @@ def test_a_run_tells_its_nodes(tmp_path: Path) -> None:
     (one,) = lab.engines["gpu-01"].find({LABEL_RUN: RUN})
     assert nodes_of({"gpu-01": one}) == ("gpu-02", "gpu-01")
     assert nodes_of({"gpu-01": replace(one, labels={})}) == nodes_of({}) == ()
+
+
+def test_a_node_that_does_not_answer_makes_room_for_a_spare_at_its_rank(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, nodes=5, spares=["gpu-04", "gpu-05"])
+    now = narrowed(lab.now)
+    assert with_spares(now) is now
+    lab.lose("gpu-01", "gpu-04")
+    assert names(with_spares(now)) == ["gpu-05", "gpu-02", "gpu-03"]
+    assert lab.voice.lines == ["node gpu-01 does not answer: the spare gpu-05 takes its place (no route to host)"]
+
+
+def test_a_spare_that_has_a_run_is_none_and_without_one_all_is_as_it_was(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, nodes=3, spares=["gpu-03"])
+    labels = {LABEL_CLUSTER: "lab", LABEL_OWNER: "ml", LABEL_ROLE: "run", LABEL_RUN: OTHER, LABEL_NODES: "gpu-03"}
+    taken = lab.engines["gpu-03"].create(ContainerSpec(name="run", image=lab.digest, argv=(), labels=labels))
+    lab.engines["gpu-03"].start(taken)
+    lab.lose("gpu-02")
+    now = narrowed(lab.now)
+    assert names(with_spares(now)) == ["gpu-01", "gpu-02"]
+    lab.engines["gpu-03"].end(taken, 0)
+    assert names(with_spares(now)) == ["gpu-01", "gpu-03"]
