@@ -243,9 +243,9 @@ def check_run(run_id: str) -> str:
 def _standing(now: Session, found: Mapping[str, tuple[Container, ...]]) -> str | None:
     """The run that is under way, else the newest that has ended and was not cleared away; `InputError` for several.
 
-    What is left of a run that is over, on a node that was given up, does not count beside a run that is not.
+    What is left of a run that is over, on a node that was given up, counts only while it lives, and beside no other.
     """
-    runs = run_containers(found)
+    runs = _not_over(now, found)
     live = [run for run, containers in runs.items() if is_under_way(containers)]
     live = [run for run in live if not now.memory.run(run).state().is_over] or live
     if len(live) > 1:
@@ -261,7 +261,16 @@ def _named(now: Session, found: Mapping[str, tuple[Container, ...]], run_id: str
     """The run that is meant among those that stand on the nodes; None where there is none."""
     if run_id is None:
         return _standing(now, found)
-    return run_id if run_id in run_containers(found) else None
+    return run_id if run_id in _not_over(now, found) else None
+
+
+def _not_over(now: Session, found: Mapping[str, tuple[Container, ...]]) -> dict[str, dict[str, Container]]:
+    """The runs that stand on the nodes, but for those whose end was told here already."""
+    return {
+        run: containers
+        for run, containers in run_containers(found).items()
+        if is_under_way(containers) or not now.memory.run(run).state().is_over
+    }
 
 
 def _silent(found: Answers[tuple[Container, ...]], nodes: Sequence[str]) -> Answers[tuple[Container, ...]]:

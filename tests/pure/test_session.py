@@ -24,7 +24,7 @@ from cluster.fleet import Machine
 from launcher import execute
 from launcher.attempts import with_spares
 from launcher.converge import converge
-from launcher.events import RunBegan, RunEnded
+from launcher.events import RunEnded
 from launcher.job import Job
 from launcher.plan import Plan, make_plan
 from launcher.record import Memory
@@ -173,9 +173,22 @@ def test_what_a_run_that_is_over_has_left_is_cleared_away_by_the_next_stop(tmp_p
     lab = Lab(tmp_path)
     lab.start("gpu-01", "gpu-02")
     lab.start("gpu-03", run=OTHER)
-    record = lab.now.memory.run(RUN)
-    record.emit(RunBegan(time=1, run=RUN, cluster="lab", nodes=("gpu-01", "gpu-02"), world_size=2, command=()))
-    record.emit(RunEnded(time=2, code=1, cause="node gpu-02: lost"))
+    lab.now.memory.run(RUN).emit(RunEnded(time=2, code=1, cause="node gpu-02: lost"))
+    assert execute.choose_run(lab.now, None) == OTHER
+    for name in ("gpu-01", "gpu-02"):
+        (one,) = lab.engines[name].find({LABEL_RUN: RUN})
+        lab.engines[name].end(one.id, 143)
+    with pytest.raises(InputError, match="is not under way"):
+        execute.attach(lab.now, RUN, show=lambda *_: None)
+    assert execute.stop(lab.now, RUN) is None
+    assert lab.standing() == {"gpu-03": OTHER}
+
+
+def test_what_still_lives_of_a_run_that_is_over_is_ended_as_well(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    lab.start("gpu-01", "gpu-02")
+    lab.start("gpu-03", run=OTHER)
+    lab.now.memory.run(RUN).emit(RunEnded(time=2, code=1, cause="node gpu-02: lost"))
     assert execute.choose_run(lab.now, None) == OTHER
     assert execute.stop(lab.now, "20261126-170512-ffff") is None
     assert lab.standing() == {"gpu-03": OTHER}
