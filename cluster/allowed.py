@@ -54,6 +54,7 @@ _IMAGE = (
     r"^([a-z0-9.-]+(:[0-9]{1,5})?/)?[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
     r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?$"
 )
+_APT = r"^[a-z0-9][a-z0-9.+-]*[a-z0-9+](:[a-z0-9]+)?(=[A-Za-z0-9.+:~-]+)?$"
 PATTERNS = {
     _NAME: "must be 2 to 41 lower-case letters, digits and '-', beginning with a letter or digit",
     _USER: "must be a login name: letters, digits, '_', '.', '-', at most 32",
@@ -61,6 +62,7 @@ PATTERNS = {
     _NIC: "must be the name of one network interface, such as eth1 or ib0",
     _SHM_SIZE: "must be a size in m or g, such as 512m or 16g",
     _ARCHITECTURES: "must be compute capabilities with ';' between them, such as \"8.0;9.0\"",
+    _APT: "must be the name of a Debian package, such as libgl1 or ffmpeg",
     _IMAGE: "must be the name of an image, such as debian:bookworm-slim or registry.example:5000/team/image:1.2",
 }
 
@@ -157,6 +159,29 @@ def read_jump(jump: str) -> tuple[str | None, str, int | None]:
 
 
 LAST_PORT = 65535
+
+
+def _check_requirement(requirement: str) -> str:
+    """One requirement as pip reads it; nothing that pip would take for an option, and no file that stays here."""
+    if requirement.startswith("-"):
+        raise ValueError(f"must be a requirement, not an option of pip; this is {shown(requirement)}")
+    found = _REQUIREMENT.fullmatch(requirement)
+    if not found:
+        raise ValueError(
+            f"must be a requirement such as einops==0.8.0 or name @ https://…; this is {shown(requirement)}"
+        )
+    url = found["url"] or ""
+    if url.startswith("file:"):
+        raise ValueError("must not name a file of this machine; put it into a folder and name that under image.wheels")
+    if re.search(r"://[^/@]*:[^/@]*@", url):
+        raise ValueError("must not hold a password: it would stand in the image")
+    return requirement
+
+
+_REQUIREMENT = re.compile(
+    r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])? *(?:\[[A-Za-z0-9._, -]*\])?"
+    r" *(?:@ *(?P<url>[a-z0-9+]+:[\x21-\x7e]+)|\(?(?:[=<>!~]=?=?[ A-Za-z0-9.*+!_-]+,?)+\)?)? *(?:;[\x20-\x7e]+)?"
+)
 
 
 def _check_url(url: str) -> str:
@@ -353,6 +378,8 @@ Device = Annotated[str, AfterValidator(_check_device)]
 LocalPath = Annotated[Path, BeforeValidator(_check_local_path)]
 IdentityPath = Annotated[LocalPath, AfterValidator(_check_identity)]
 Nic = Annotated[str, Field(pattern=_NIC)]
+Requirement = Annotated[str, AfterValidator(_check_requirement)]
+AptName = Annotated[str, Field(pattern=_APT)]
 Image = Annotated[str, Field(pattern=_IMAGE)]
 Architectures = Annotated[str, Field(pattern=_ARCHITECTURES)]
 ShmSize = Annotated[str, Field(pattern=_SHM_SIZE)]

@@ -71,13 +71,17 @@ def judge(
         raise _input_error(error.errors(include_url=False), document, keys, next_step) from None
 
 
-def judge_options(given: Mapping[str, object], model: type[Model]) -> Model:
-    """What options of a command line say as a model; `InputError` names the first that is wrong. None is not given."""
+def judge_options(given: Mapping[str, object], model: type[Model], *, options: Mapping[str, str] = {}) -> Model:
+    """What options of a command line say as a model; `InputError` names the first that is wrong. None is not given.
+
+    `options`: those whose name is not the key's.
+    """
     try:
         return model.model_validate_json(json.dumps({name: one for name, one in given.items() if one is not None}))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        option = f"--{str(first['loc'][0]).replace('_', '-')}"
+        key = str(first["loc"][0])
+        option = options.get(key, f"--{key.replace('_', '-')}")
         raise InputError(_says(first, {"": tuple(given)}), where=option) from None
 
 

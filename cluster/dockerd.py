@@ -9,10 +9,13 @@ it carries standard input and terminals over any transport.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import docker
@@ -20,7 +23,7 @@ import requests
 import urllib3
 from docker.transport.sshconn import SSHConnection, SSHConnectionPool, SSHHTTPAdapter
 from docker.types import DeviceRequest, LogConfig, Mount, Ulimit
-from docker.utils import parse_repository_tag
+from docker.utils import exclude_paths, parse_repository_tag
 
 from cluster.command import Command, Result
 from cluster.container import FOREIGN_STATES, Container, ContainerSpec, ContainerState
@@ -35,6 +38,9 @@ _CHUNK = 1024**2
 _API = "1.40"
 # Seconds in which an engine takes in not even one chunk of an archive: it hangs.
 _STALLED = 300.0
+# How many of a step's last lines are told when it fails.
+_LINES = 12
+_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # What the SDK lets through: its own errors, those of the libraries below it, and those of the channel.
 _FOREIGN = (
     docker.errors.DockerException,
@@ -132,6 +138,7 @@ class DockerEngine:
         self,
         context: BinaryIO,
         *,
+        dockerfile: str = "Dockerfile",
         tag: str,
         arguments: Mapping[str, str],
         labels: Mapping[str, str],
@@ -142,6 +149,7 @@ class DockerEngine:
             messages = self._client.build(
                 fileobj=context,
                 custom_context=True,
+                dockerfile=dockerfile,
                 tag=tag,
                 buildargs=dict(arguments),
                 labels=dict(labels),
@@ -152,9 +160,16 @@ class DockerEngine:
                 timeout=None,
             )
             digest = ""
+            said: deque[str] = deque(maxlen=_LINES)
             for message in messages:
                 if "error" in message:
-                    raise ImageError(self.node, f"the image does not build: {str(message['error']).strip()}")
+                    what = f"the image does not build: {str(message['error']).strip()}"
+                    raise ImageError(self.node, what, detail=tuple(said))
+                for line in _COLOUR.sub("", str(message.get("stream") or "")).splitlines():
+                    if line.startswith("Step "):
+                        said.clear()
+                    elif line.strip() and not line.startswith((" ---> ", "Removing intermediate")):
+                        said.append(line.strip())
                 digest = (message.get("aux") or {}).get("ID", digest)
                 tell(message)
         return digest or self._must_have(tag)
@@ -426,6 +441,16 @@ class DockerEngine:
         return engine_error(self.node, "" if said.ok else " ".join(said.tail(1))) or EngineError(
             self.node, f"Docker broke off ({doing}): {error}", next_step="look at the engine's own log on the node"
         )
+
+
+def context_files(folder: Path, dockerfile: str) -> tuple[str, ...]:
+    """What a folder gives to a build of this Dockerfile: all but what its .dockerignore names, as Docker reads that."""
+    try:
+        lines = (folder / ".dockerignore").read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        lines = []
+    patterns = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return tuple(sorted(exclude_paths(str(folder), patterns, dockerfile=dockerfile)))
 
 
 def _held(one: Mapping[str, Any]) -> Held:

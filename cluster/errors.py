@@ -52,9 +52,24 @@ class ClusterError(Exception):
 
 
 class InputError(ClusterError):
-    """Input that cannot be right; nothing was changed."""
+    """Input that cannot be right; nothing was changed.
+
+    `place`: the key of the inventory that it is about, where whoever noticed it does not know the file.
+    """
 
     exit_code = 2
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        detail: tuple[str, ...] = (),
+        next_step: str | None = None,
+        place: tuple[str | int, ...] = (),
+    ) -> None:
+        super().__init__(what, where=where, detail=detail, next_step=next_step)
+        self.place = place
 
 
 class NodeError(ClusterError):

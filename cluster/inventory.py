@@ -18,6 +18,7 @@ from cluster.allowed import (
     LAST_PORT,
     ULIMITS,
     Address,
+    AptName,
     Architectures,
     Device,
     Env,
@@ -32,6 +33,7 @@ from cluster.allowed import (
     NodePath,
     NvmePaths,
     Problem,
+    Requirement,
     Secrets,
     ShmSize,
     StatePath,
@@ -48,6 +50,7 @@ from cluster.document import Document, Place, load
 
 Engine = Literal["docker", "process"]
 Accelerator = Literal["cuda", "cpu"]
+_MOST_PACKAGES = 500
 NEXT_STEP = "configs/cluster.yaml explains every key"
 
 # --- the models: their descriptions are the schema that editors show -------------------------------------------------
@@ -108,6 +111,25 @@ class ImageRecipe(_Model):
     build_network: Literal["default", "host"] = Field(
         default="default", description="The network of the build: docker's default, or the host's.", examples=["host"]
     )
+    packages: Annotated[tuple[Requirement, ...], Field(max_length=_MOST_PACKAGES)] = Field(
+        default=(),
+        description="Python packages that jobs need besides, as pip reads them; a thin layer on top of the image.",
+        examples=[["einops==0.8.1"]],
+    )
+    requirements: LocalPath | None = Field(
+        default=None,
+        description="The same from a requirements file on this machine; relative to this file's folder.",
+        examples=["requirements.txt"],
+    )
+    apt: Annotated[tuple[AptName, ...], Field(max_length=_MOST_PACKAGES)] = Field(
+        default=(), description="Debian packages that jobs need besides.", examples=[["ffmpeg"]]
+    )
+    dockerfile: LocalPath | None = Field(
+        default=None,
+        description="A Dockerfile of your own on top of the image, instead of packages, requirements and apt. It "
+        "begins with 'ARG BASE' and 'FROM ${BASE}'; its folder is what it can COPY.",
+        examples=["image/Dockerfile"],
+    )
 
     @model_validator(mode="after")
     def _check_use(self) -> ImageRecipe:
@@ -117,6 +139,11 @@ class ImageRecipe(_Model):
             ((name,), "says how to build, but 'use' names a ready image; keep one of them")
             for name in build
             if self.use and name not in ("use", "flavour")
+        )
+        refuse(
+            ((name,), "stands beside 'dockerfile', which does all of it; keep one of them")
+            for name in ("packages", "requirements", "apt")
+            if self.dockerfile and getattr(self, name)
         )
         return self
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.engine import Engine
-from cluster.errors import ImageError, NodeError
+from cluster.errors import ImageError, InputError, NodeError
 from cluster.facts import NodeFacts
 from cluster.inventory import Inventory
 from launcher import checks, zero
@@ -78,15 +78,20 @@ def told(base: Converged) -> str:
 
 def image_tag(inventory: Inventory) -> str:
     """The name of the image that the inventory asks for."""
+    return image_tags(inventory)[0]
+
+
+def image_tags(inventory: Inventory) -> tuple[str, ...]:
+    """The same, and the name of the image of ours that it stands on, where it has a layer of the user's."""
     if inventory.engine == "process":
         from cluster.processes import IMAGE
 
-        return IMAGE
+        return (IMAGE,)
     if inventory.image.use:
-        return inventory.image.use
+        return (inventory.image.use,)
     from launcher.stages.build import read_recipe  # here: it loads the Docker SDK
 
-    return read_recipe(inventory.image, inventory.flavour).tag
+    return read_recipe(inventory.image, inventory.flavour).tags
 
 
 def _have_image(now: Session, seen: Seen, *, tag: str, dry_run: bool) -> tuple[str | None, bool, tuple[str, ...]]:
@@ -188,7 +193,13 @@ def build_here(asked: Mapping[str, object], *, flavour: str, voice: Voice) -> tu
     from launcher.stages.build import build_image, read_recipe
 
     given = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
-    recipe = read_recipe(judge_options(given, ImageRecipe), "cpu" if flavour == "cpu" else "cuda")
+    judged = judge_options(given, ImageRecipe, options={"packages": "--package"})
+    try:
+        recipe = read_recipe(judged, "cpu" if flavour == "cpu" else "cuda")
+    except InputError as error:
+        if not error.place:
+            raise
+        raise InputError(error.what, where=f"--{error.place[-1]}", next_step=error.next_step) from error
     here = DockerEngine(LocalTransport("this machine"))
     try:
         before = here.image_id(recipe.tag)

@@ -48,6 +48,7 @@ class Entry:
     size: int
     digest: str
     source: bytes | Path
+    executable: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ def load_context(folder: Path, recipe: Recipe) -> tuple[Entry, ...]:
     entries = [
         *(make_entry(name, path.read_bytes()) for name, path in files.items()),
         *(make_entry(f"ca/{name}", content) for name, content in read_authorities(recipe.ca_bundle)),
-        *(_wheel(path) for path in _wheels(recipe.wheels, pins=pins, flavour=recipe.flavour)),
+        *load_wheels(recipe.wheels, pins=pins, flavour=recipe.flavour),
     ]
     return tuple(sorted(entries, key=lambda entry: entry.name))
 
@@ -100,7 +101,12 @@ def read_authorities(bundle: Path | None) -> Iterator[tuple[str, bytes]]:
 def read_pins(requirements: str) -> dict[str, str]:
     """`{"torch": "2.13.0", ...}` of a requirements file; lines that pin nothing are left out."""
     lines = (line.partition("#")[0].strip() for line in requirements.splitlines())
-    return {_project(name): version for name, found, version in (line.partition("==") for line in lines) if found}
+    return {project(name): version for name, found, version in (line.partition("==") for line in lines) if found}
+
+
+def load_wheels(folder: Path | None, *, pins: Mapping[str, str], flavour: Flavour) -> Iterator[Entry]:
+    """What a wheel folder has to give; the wheels stay on disk until they are sent."""
+    return map(_wheel, _wheels(folder, pins=pins, flavour=flavour))
 
 
 def choose_wheels(names: Iterable[str], *, pins: Mapping[str, str], flavour: Flavour) -> tuple[str, ...]:
@@ -179,7 +185,7 @@ def explain(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[str, .
 
 def _value(name: str, *values: str) -> str:
     """The values of an argument; a file's digests would tell nobody anything."""
-    return f" ({' -> '.join(values)})" if name.startswith("argument ") else ""
+    return f" ({' -> '.join(values)})" if name.removeprefix("layer: ").startswith("argument ") else ""
 
 
 def tag(flavour: Flavour, fingerprint: str) -> str:
@@ -198,13 +204,17 @@ def labels(flavour: Flavour, fingerprint: str, parts: Mapping[str, str]) -> dict
     return {"launcher.flavour": flavour, FINGERPRINT: fingerprint, PARTS: told}
 
 
-def write_context(entries: Iterable[Entry], out: BinaryIO) -> None:
-    """Write the context as a tar stream, the same bytes for the same entries on every machine."""
+def write_context(entries: Iterable[Entry], out: BinaryIO, *, folders: tuple[str, ...] = ("ca", "wheels")) -> None:
+    """Write the context as a tar stream, the same bytes for the same entries on every machine.
+
+    `folders`: what a COPY of the Dockerfile wants, even empty.
+    """
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-        for folder in ("ca", "wheels"):  # COPY wants them, even empty
+        for folder in folders:
             archive.addfile(_header(folder, size=0, folder=True))
         for entry in sorted(entries, key=lambda entry: entry.name):
             header = _header(entry.name, size=entry.size, folder=False)
+            header.mode |= 0o111 if entry.executable else 0
             if isinstance(entry.source, bytes):
                 archive.addfile(header, io.BytesIO(entry.source))
             else:
@@ -263,17 +273,17 @@ def _useful(name: str, *, pins: Mapping[str, str], flavour: Flavour) -> bool:
     if stem == name:
         return False
     # A wheel is name-version-tags; a source archive name-version, where the name may hold dashes itself.
-    project, _, version = stem.rpartition("-") if name.endswith(".tar.gz") else stem.partition("-")
+    named, _, version = stem.rpartition("-") if name.endswith(".tar.gz") else stem.partition("-")
     version, _, local = version.partition("-")[0].partition("+")
-    project = _project(project)
-    if flavour == "cpu" and (local.startswith("cu") or project.startswith(("nvidia-", "cuda-"))):
+    named = project(named)
+    if flavour == "cpu" and (local.startswith("cu") or named.startswith(("nvidia-", "cuda-"))):
         return False
     if flavour == "cuda" and local == "cpu":
         return False
-    return pins.get(project, version) == version
+    return pins.get(named, version) == version
 
 
-def _project(name: str) -> str:
+def project(name: str) -> str:
     """A project's name as PyPI compares it."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 

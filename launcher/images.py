@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.archive import CHUNK, compose, content_digest, unpack
@@ -15,8 +15,8 @@ from cluster.errors import ClusterError, ImageError, InputError, IntegrityError,
 from cluster.fleet import Answers, Machine, each
 from cluster.layers import Held, shared
 from cluster.shelf import Shelf
-from launcher import image
-from launcher.converge import image_tag, ship
+from launcher import image, layer
+from launcher.converge import image_tags, ship
 from launcher.session import LOOK_DEADLINE, Session, look
 from launcher.stages.ship import lacking, read_layers
 
@@ -35,6 +35,7 @@ class Kept:
     held: Held
     used: bool  # by a container, live or not
     current: bool  # the one that the inventory asks for
+    below: bool = False  # one of these two stands on it
 
     @property
     def name(self) -> str:
@@ -43,8 +44,12 @@ class Kept:
 
     @property
     def may_go(self) -> bool:
-        """Whether nothing speaks for keeping it: all its names are ours, nobody uses it, and nobody asks for it."""
-        return not self.used and not self.current and all(tag.startswith(OURS) for tag in self.held.tags)
+        """Whether nothing speaks for keeping it: all its names are ours, nobody uses it, and nobody asks for it.
+
+        What another image of ours stands on stays with that one: without its name it would be built again.
+        """
+        kept = self.used or self.current or self.below
+        return not kept and all(tag.startswith(OURS) for tag in self.held.tags)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,21 +64,28 @@ class Listing:
 
 def listing(now: Session, *, wanted: Collection[str] = ()) -> Listing:
     """Ask every node, and this machine where it has an engine. `wanted`: names that other clusters ask for."""
-    tag = image_tag(now.inventory)
+    tag, *under = image_tags(now.inventory)
     with _here() as here:
         machines = [*now.machines, *([here] if here else [])]
         seen = each(machines, _look_at, deadline=LOOK_DEADLINE)
+    asked = {tag, *wanted} - {*under}
     kept = tuple(
-        Kept(machine=name, held=one, used=one.id in used, current=bool({tag, *wanted} & {*one.tags, one.id}))
+        Kept(machine=name, held=one, used=one.id in used, current=bool(asked & {*one.tags, one.id}))
         for name, (held, used) in seen.good.items()
         for one in held
         if _is_ours(one, tag)
     )
+    kept = tuple(replace(one, below=_is_below(one, kept, under)) for one in kept)
     return Listing(tag=tag, images=kept, lacks=_lacks(seen, tag), silent=seen.bad)
 
 
 def _look_at(machine: Machine) -> tuple[tuple[Held, ...], frozenset[str]]:
     return machine.engine.held(), frozenset(one.image for one in machine.engine.find({}))
+
+
+def _is_below(one: Kept, kept: Sequence[Kept], under: Sequence[str]) -> bool:
+    stays = {other.held.labels.get(layer.BASE) for other in kept if other.used or other.current}
+    return bool({*under, *stays} & {*one.held.tags})
 
 
 def _is_ours(one: Held, tag: str) -> bool:
@@ -301,5 +313,6 @@ def table(found: Listing) -> Sequence[tuple[str, ...]]:
 
 def state(one: Kept) -> str:
     """What keeps an image, or that nothing does."""
-    words = [word for word, true in (("current", one.current), ("in use", one.used)) if true]
+    reasons = (("current", one.current), ("in use", one.used), ("below another", one.below))
+    words = [word for word, true in reasons if true]
     return ", ".join(words) or ("may go" if one.may_go else "has another name")

@@ -200,12 +200,17 @@ def image() -> None:
 @click.option("--wheels", type=click.Path(path_type=Path), metavar="FOLDER", help="Wheels that pip prefers.")
 @click.option("--cuda-architectures", metavar="LIST", help="Such as '8.0;9.0'.")
 @click.option("--build-network", type=click.Choice(["default", "host"]), help="The network of the build.")
+@click.option("--package", "packages", multiple=True, metavar="REQUIREMENT", help="A Python package besides.")
+@click.option("--requirements", type=click.Path(path_type=Path), metavar="FILE", help="A file of such packages.")
+@click.option("--apt", multiple=True, metavar="NAME", help="A Debian package besides.")
+@click.option("--dockerfile", type=click.Path(path_type=Path), metavar="FILE", help="Your own, on top of the image.")
 @json_option
 def image_build(flavour: str, *, as_json: bool, **asked: Any) -> None:
     """Build the image on this machine; an unchanged recipe builds nothing.
 
     \b
     launcher image build --flavour cpu
+    launcher image build --package einops --apt ffmpeg
     """
     from launcher import converge
     from launcher.views.live import Teller

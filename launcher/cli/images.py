@@ -181,13 +181,13 @@ def _shelf() -> Shelf:
 def _wanted() -> set[str]:
     """The images that the clusters ask for which are known here: another cluster's is no rubbish."""
     from cluster.inventory import load_inventory
-    from launcher.converge import image_tag
+    from launcher.converge import image_tags
 
-    names = set()
+    names: set[str] = set()
     for known in memory().clusters():
         with suppress(ClusterError):
             if path := known.inventory():
-                names.add(image_tag(load_inventory(path, engine=known.engine())))  # type: ignore[arg-type]
+                names.update(image_tags(load_inventory(path, engine=known.engine())))  # type: ignore[arg-type]
     return names
 
 

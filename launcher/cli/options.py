@@ -368,8 +368,19 @@ def opened(cluster: str | None, *, engine: str | None = None, keep: bool = False
     inventory, remembered, path = load(cluster, engine=engine)
     if keep:
         remembered.remember(path, engine=engine or remembered.engine())
-    with session(inventory, remembered, Teller()) as now:
-        yield now
+    try:
+        with session(inventory, remembered, Teller()) as now:
+            yield now
+    except InputError as error:
+        if not error.place:
+            raise
+        from cluster.document import load as load_document
+
+        raise InputError(
+            f"{'.'.join(map(str, error.place))}: {error.what}",
+            where=load_document(path).where(error.place),
+            next_step=error.next_step,
+        ) from error
 
 
 def read_job(asked: dict[str, Any], *, script: str | None, args: tuple[str, ...]) -> Job:

@@ -1,25 +1,31 @@
-"""Build: the image on this machine, when its recipe has changed or it is not there; otherwise nothing."""
+"""Build: the image on this machine, when its recipe has changed or it is not there; otherwise nothing.
+
+What the user wants on top (`launcher.layer`) is an image of its own, built on ours.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from cluster.dockerd import DockerEngine
+from cluster.dockerd import DockerEngine, context_files
 from cluster.errors import ImageError
 from cluster.inventory import ImageRecipe
-from launcher import image
+from launcher import image, layer
 
 Tell = Callable[[image.Progress], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A recipe with everything read that decides what the image will hold; `tag` is its fingerprint's."""
+    """A recipe with everything read that decides what the image will hold; `tag` is its fingerprint's.
+
+    `under` is the recipe of the image that it stands on, where that is one of ours.
+    """
 
     tag: str
     entries: tuple[image.Entry, ...]
@@ -28,11 +34,27 @@ class Recipe:
     network: str | None
     base: str | None
     mirror: str | None
+    under: Recipe | None = None
+    dockerfile: str = "Dockerfile"
+    folders: tuple[str, ...] = ("ca", "wheels")
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Its image's name, and that of the image below."""
+        return (self.tag, *(self.under.tags if self.under else ()))
 
 
 def read_recipe(asked: ImageRecipe, flavour: image.Flavour) -> Recipe:
     """Read what an image is made of. Cheap: an unchanged recipe must cost nothing."""
     recipe = _recipe(asked, flavour)
+    base = _read_base(asked, recipe)
+    wanted = layer.Layer(
+        packages=asked.packages, requirements=asked.requirements, apt=asked.apt, dockerfile=asked.dockerfile
+    )
+    return _read_layer(wanted, recipe, base) if wanted else base
+
+
+def _read_base(asked: ImageRecipe, recipe: image.Recipe) -> Recipe:
     folder = image.context_folder()
     entries = image.load_context(folder, recipe)
     arguments = image.build_arguments(recipe)
@@ -45,6 +67,28 @@ def read_recipe(asked: ImageRecipe, flavour: image.Flavour) -> Recipe:
         network=None if asked.build_network == "default" else asked.build_network,
         base=asked.base,
         mirror=asked.apt_mirror,
+    )
+
+
+def _read_layer(wanted: layer.Layer, recipe: image.Recipe, base: Recipe) -> Recipe:
+    if wanted.dockerfile is None:
+        entries = layer.load_packages(image.context_folder(), wanted, flavour=recipe.flavour, wheels=recipe.wheels)
+    else:
+        folder = wanted.dockerfile.parent
+        files = context_files(folder, wanted.dockerfile.name) if folder.is_dir() else ()
+        entries = layer.load_dockerfile(wanted, files)
+    arguments = layer.arguments(recipe)
+    digest = image.fingerprint(entries, arguments, base_id=base.tag)
+    parts = layer.parts(image.read_parts(base.labels) or {}, wanted, entries, arguments)
+    return replace(
+        base,
+        tag=layer.tag(base.tag, digest),
+        entries=entries,
+        arguments=arguments,
+        labels={**image.labels(recipe.flavour, digest, parts), layer.BASE: base.tag},
+        under=base,
+        dockerfile=wanted.dockerfile.name if wanted.dockerfile else "Dockerfile",
+        folders=() if wanted.dockerfile else ("wheels",),
     )
 
 
@@ -65,7 +109,11 @@ def build_image(engine: DockerEngine, recipe: Recipe, tell: Tell) -> str:
     found = engine.image_id(recipe.tag)
     if found is not None:
         return found
-    base = _base(engine, recipe, tell)
+    if recipe.under is None:
+        base = _base(engine, recipe, tell)
+    else:
+        build_image(engine, recipe.under, tell)
+        base = recipe.under.tag
     progress = image.Progress()
 
     def hear(message: Mapping[str, object]) -> None:
@@ -74,16 +122,23 @@ def build_image(engine: DockerEngine, recipe: Recipe, tell: Tell) -> str:
         tell(progress)
 
     with tempfile.TemporaryFile() as context:
-        image.write_context(recipe.entries, cast("BinaryIO", context))
+        image.write_context(recipe.entries, cast("BinaryIO", context), folders=recipe.folders)
         context.seek(0)
-        return engine.build(
-            cast("BinaryIO", context),
-            tag=recipe.tag,
-            arguments={**recipe.arguments, "BASE": base},
-            labels=recipe.labels,
-            network=recipe.network,
-            tell=hear,
-        )
+        try:
+            return engine.build(
+                cast("BinaryIO", context),
+                dockerfile=recipe.dockerfile,
+                tag=recipe.tag,
+                arguments={**recipe.arguments, "BASE": base},
+                labels=recipe.labels,
+                network=recipe.network,
+                tell=hear,
+            )
+        except ImageError as error:
+            cure = layer.cure(error.detail) if recipe.under else None
+            if cure is None:
+                raise
+            raise ImageError(error.node, error.what, detail=error.detail, next_step=cure) from error
 
 
 def _base(engine: DockerEngine, recipe: Recipe, tell: Tell) -> str:

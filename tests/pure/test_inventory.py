@@ -56,6 +56,9 @@ def test_the_annotated_example_says_what_it_seems_to_say() -> None:
             apt_mirror="http://mirror.example/debian",
             wheels=Path("/site/wheels"),
             cuda_architectures="8.0;9.0",
+            packages=("einops==0.8.1",),
+            requirements=Path("/site/requirements.txt"),
+            apt=("ffmpeg",),
         ),
         container=Container(
             shm_size="16g",
@@ -230,6 +233,24 @@ def test_a_long_or_broken_variable_is_refused() -> None:
 )
 def test_a_good_image_is_taken(image: str) -> None:
     assert ImageRecipe(use=image).use == image
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        *("einops", "einops==0.8.1", "flash-attn>=2,<3", "trl[peft, quantization] ~= 0.9", "zope.interface!=5.*"),
+        "pywin32; sys_platform == 'win32'",
+        "lab @ git+ssh://git@git.example/lab.git@v1#subdirectory=x",
+        "torch==2.13.0+cu130",
+    ],
+)
+def test_a_good_requirement_is_taken(package: str) -> None:
+    assert ImageRecipe(packages=(package,)).packages == (package,)
+
+
+@pytest.mark.parametrize("package", ["g++", "libgl1", "libstdc++6", "libc6:i386", "ffmpeg=7:5.1.6-0+deb12u1"])
+def test_a_good_package_of_debian_is_taken(package: str) -> None:
+    assert ImageRecipe(apt=(package,)).apt == (package,)
 
 
 def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_file() -> None:
