@@ -215,8 +215,8 @@ def _check_plain_path(path: str) -> str:
 _LONGEST_PATH = 1024
 
 
-def _check_node_path(path: str) -> str:
-    """A folder of a node that a container will see."""
+def check_node_path(path: str) -> str:
+    """A folder of a node that a container will see; `ValueError` for one that it must not."""
     _check_plain_path(path)
     parts = path.split("/")
     if any(_is_within(path, system) for system in _SYSTEM):
@@ -234,10 +234,10 @@ def _check_node_path(path: str) -> str:
 
 def _check_state_path(path: str) -> str:
     if path.startswith("~/"):
-        return "~" + _check_node_path("/home/user" + _check_plain_path(path[1:])).removeprefix("/home/user")
+        return "~" + check_node_path("/home/user" + _check_plain_path(path[1:])).removeprefix("/home/user")
     if path.startswith("~"):
         raise ValueError("must be an absolute path or begin with '~/' and name a folder")
-    return _check_node_path(path)
+    return check_node_path(path)
 
 
 def _check_target(path: str) -> str:
@@ -254,7 +254,8 @@ def _is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _check_device(path: str) -> str:
+def check_device(path: str) -> str:
+    """A device of a node that a container will see; `ValueError` for one that it must not."""
     _check_plain_path(path)
     if not path.startswith("/dev/"):
         raise ValueError("must be a device or folder below /dev, such as /dev/infiniband")
@@ -371,10 +372,10 @@ HostName = Annotated[str, AfterValidator(_check_host)]
 Address = Annotated[str, AfterValidator(_check_address)]
 JumpText = Annotated[str, AfterValidator(_check_jump)]
 Url = Annotated[str, AfterValidator(_check_url)]
-NodePath = Annotated[str, AfterValidator(_check_node_path)]
+NodePath = Annotated[str, AfterValidator(check_node_path)]
 StatePath = Annotated[str, AfterValidator(_check_state_path)]
 TargetPath = Annotated[str, AfterValidator(_check_target)]
-Device = Annotated[str, AfterValidator(_check_device)]
+Device = Annotated[str, AfterValidator(check_device)]
 LocalPath = Annotated[Path, BeforeValidator(_check_local_path)]
 IdentityPath = Annotated[LocalPath, AfterValidator(_check_identity)]
 Nic = Annotated[str, Field(pattern=_NIC)]

@@ -41,7 +41,8 @@ class Nic:
 class Disk:
     """What stands at a configured path. `free` in bytes; `on_root` when it shares the root file system's device.
 
-    `stuck`: to look at it hangs, as on a network disk whose server is gone.
+    `stuck`: to look at it hangs, as on a network disk whose server is gone. `leads_to`: the real path, where links make
+    it another one than `path`.
     """
 
     path: str
@@ -51,14 +52,16 @@ class Disk:
     writable: bool = False
     free: int = 0
     stuck: bool = False
+    leads_to: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """A TCP port somebody listens on, and who, where the system says so."""
+    """A TCP port somebody listens on, and who, where the system says so. `exposed`: not only for this machine."""
 
     port: int
     owner: str = ""
+    exposed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,8 @@ class DockerFact:
     root: str = ""
     memlock: int | None = None  # bytes a container may lock unless it is given more; None: unlimited, or unknown
     error: str = ""
+    runc: str = ""  # the versions of what starts the containers, empty where unknown
+    toolkit: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,14 +178,15 @@ def read_nics(text: str) -> tuple[Nic, ...]:
 
 
 def read_disks(text: str) -> tuple[Disk, ...]:
-    """Reads `dir|file|none|stuck <device> <root device> <w|-> <free KiB> <path>` lines."""
+    """Reads `dir|file|none|stuck <device> <root device> <w|-> <free KiB> <path>` lines, a tab, and the real path."""
     disks = []
     for line in text.splitlines():
         kind, _, rest = line.partition(" ")
         if kind in ("none", "stuck"):
             disks.append(Disk(path=rest.split(" ", 4)[4], exists=False, stuck=kind == "stuck"))
         elif kind in ("dir", "file"):
-            device, root, mode, free, path = rest.split(" ", 4)
+            device, root, mode, free, places = rest.split(" ", 4)
+            path, _, real = places.partition("\t")
             disks.append(
                 Disk(
                     path=path,
@@ -189,6 +195,7 @@ def read_disks(text: str) -> tuple[Disk, ...]:
                     on_root=device == root,
                     writable=mode == "w",
                     free=_integer(free) * 1024,
+                    leads_to=real if path.startswith("/") and real != path else "",
                 )
             )
     return tuple(disks)
@@ -197,13 +204,21 @@ def read_disks(text: str) -> tuple[Disk, ...]:
 def read_listeners(text: str) -> tuple[Listener, ...]:
     """Reads `ss -Hltnp`, or /proc/net/tcp and tcp6 where there is no ss."""
     owners: dict[int, str] = {}
+    exposed: set[int] = set()
     for line in text.splitlines():
-        if match := re.match(r"LISTEN\s+\d+\s+\d+\s+\S*:(\d+)\s+\S+(?:\s+users:\(\(\"([^\"]+)\",pid=(\d+))?", line):
-            owner = f"{match[2]} (pid {match[3]})" if match[2] else ""
-            owners[int(match[1])] = owners.get(int(match[1])) or owner
-        elif match := re.match(r"\s*\d+:\s+[0-9A-F]+:([0-9A-F]{4})\s+\S+\s+0A\s", line):
-            owners.setdefault(int(match[1], 16), "")
-    return tuple(Listener(port=port, owner=owner) for port, owner in sorted(owners.items()))
+        if match := re.match(r"LISTEN\s+\d+\s+\d+\s+(\S*):(\d+)\s+\S+(?:\s+users:\(\(\"([^\"]+)\",pid=(\d+))?", line):
+            port, owner = int(match[2]), f"{match[3]} (pid {match[4]})" if match[3] else ""
+            inward = re.match(r"(\[?::ffff:)?127\.|\[::1\]", match[1], re.IGNORECASE)
+        elif match := re.match(r"\s*\d+:\s+([0-9A-F]+):([0-9A-F]{4})\s+\S+\s+0A\s", line):
+            port, owner = int(match[2], 16), ""
+            # Words of four bytes, the lowest first.
+            inward = re.fullmatch(r"(0{16}FFFF0000)?.{6}7F|0{24}01000000", match[1])
+        else:
+            continue
+        owners[port] = owners.get(port) or owner
+        if not inward:
+            exposed.add(port)
+    return tuple(Listener(port=port, owner=owner, exposed=port in exposed) for port, owner in sorted(owners.items()))
 
 
 def read_docker(text: str) -> DockerFact:
@@ -223,8 +238,16 @@ def read_docker(text: str) -> DockerFact:
         runtimes=tuple(sorted(said.get("Runtimes") or ())),
         rootless=any("rootless" in str(option) for option in said.get("SecurityOptions") or ()),
         root=str(said.get("DockerRootDir") or ""),
-        memlock=int(match[1]) if (match := re.search(r"^memlock=(\d+)$", text, re.MULTILINE)) else None,
+        memlock=int(limit) if (limit := _said(text, "memlock")).isdecimal() else None,
+        runc=_said(text, "runc"),
+        toolkit=_said(text, "toolkit"),
     )
+
+
+def _said(text: str, name: str) -> str:
+    """The value of a `name=value` line beside what Docker said."""
+    found = re.search(rf"^{name}=(\S+)$", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _read_podman(said: Mapping[str, Any]) -> DockerFact:
@@ -268,10 +291,12 @@ _LATE = "124|143"
 _LOOK = """
 path=$1
 case $path in '~/'*) full=$HOME/${path#??} ;; *) full=$path ;; esac
-if [ -d "$full" ]; then kind=dir; elif [ -e "$full" ]; then kind=file; else echo "none - - - - $path"; exit; fi
+if [ -d "$full" ]; then kind=dir; elif [ -e "$full" ]; then kind=file
+else printf 'none - - - - %s\\n' "$path"; exit; fi
 [ -w "$full" ] && mode=w || mode=-
 set -- $(df -Pk "$full" | sed -n 2p); free=$4
-echo "$kind $(stat -Lc %d "$full") $root $mode ${free:-0} $path"
+real=$(readlink -f "$full" | head -n 1)
+printf '%s %s %s %s %s %s\\t%s\\n' "$kind" "$(stat -Lc %d "$full")" "$root" "$mode" "${free:-0}" "$path" "$real"
 """
 
 PROBES = (
@@ -308,7 +333,7 @@ printf '%s\\n' "$paths" | {{
     [ -n "$path" ] || continue
     {{
       ${{limit:+timeout $((patience - 1))}} sh -c {shlex.quote(_LOOK)} sh "$path"
-      case $? in {_LATE}) echo "stuck - - - - $path" ;; esac
+      case $? in {_LATE}) printf 'stuck - - - - %s\\n' "$path" ;; esac
     }} &
   done
   wait
@@ -328,6 +353,8 @@ printf '%s\\n' "$paths" | {{
         text="""
 [ "$engine" = docker ] || exit 0
 docker info --format '{{json .}}' || exit 0
+runc --version 2>/dev/null | sed -n 's/^runc version /runc=/p'
+nvidia-ctk --version 2>/dev/null | sed -n 's/.* version \\([0-9]\\)/toolkit=\\1/p'
 for process in /proc/[0-9]*; do
   read -r name <"$process/comm" || continue
   [ "$name" = dockerd ] && sed -n 's/^Max locked memory *[^ ]* *\\([^ ]*\\).*/memlock=\\1/p' "$process/limits"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import ipaddress
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.allowed import check_device, check_node_path
 from cluster.engine import engine_error
 from cluster.errors import PreconditionError
 from cluster.facts import Disk, NodeFacts
@@ -17,6 +20,15 @@ LEAST_FREE = 256 * 1024**2
 # What parameter offload pins at DeepSpeed's defaults: 5 buffers of 1e8 elements of 4 bytes.
 LEAST_LOCKED = 2 * 10**9
 SKEW_WARNS, SKEW_REFUSES = 2.0, 300.0
+DOCKER_PORT = 2375  # where dockerd by convention asks nobody who he is
+
+# What lets a job out of its container, and the first mended release of each line of releases.
+Mended = Mapping[str, Sequence[tuple[int, ...]]]
+RUNC: Mended = {
+    "CVE-2024-21626": ((1, 1, 12),),
+    **dict.fromkeys(("CVE-2025-31133", "CVE-2025-52565", "CVE-2025-52881"), ((1, 2, 8), (1, 3, 3), (1, 4, 0, 3))),
+}
+TOOLKIT: Mended = {"CVE-2024-0132": ((1, 16, 2),), "CVE-2025-23266": ((1, 17, 8),)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +71,7 @@ def findings(
     ]
     if port is not None:
         found += _port(inventory.nodes[0], facts[inventory.nodes[0].name], port)
+        found += _outside(inventory, facts, port)
     if nvme:
         found += [finding for node in inventory.nodes for finding in _pinned(inventory, node, facts[node.name])]
         found += [
@@ -74,9 +87,10 @@ def findings(
 # Every id that a finding can have.
 IDS = frozenset(
     (
-        *("address", "arch-differs", "checkpoints-on-root", "clock", "disk-full", "docker", "driver-differs"),
-        *("gpu-few", "gpu-none", "gpu-stuck", "memlock", "nic", "nvidia-runtime", "nvme-none", "nvme-on-root"),
-        *("path-kind", "path-missing", "path-read-only", "path-stuck", "port-busy", "rootless-multinode"),
+        *("address", "arch-differs", "checkpoints-on-root", "clock", "disk-full", "docker", "docker-tcp"),
+        *("driver-differs", "gpu-few", "gpu-none", "gpu-stuck", "memlock", "nic", "nvidia-runtime", "nvidia-toolkit"),
+        *("nvme-none", "nvme-on-root", "path-kind", "path-leads-out", "path-missing", "path-read-only", "path-stuck"),
+        *("port-busy", "port-public", "rootless-multinode", "runc"),
     )
 )
 
@@ -125,6 +139,51 @@ def _engine(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Find
             "Docker has no nvidia runtime",
             "install nvidia-container-toolkit and run: sudo nvidia-ctk runtime configure --runtime=docker",
         )
+    if any(
+        one.port == DOCKER_PORT and one.exposed and re.match(r"$|dockerd |docker-proxy |systemd ", one.owner)
+        for one in facts.listeners
+    ):
+        yield _error(
+            "docker-tcp",
+            node.name,
+            f"TCP port {DOCKER_PORT} is open to other machines: where Docker listens there, whoever reaches it is root",
+            "on the node: take -H tcp://… out of dockerd's options and hosts out of /etc/docker/daemon.json; nothing "
+            "here needs it",
+        )
+    yield from _runtimes(inventory, node, facts)
+
+
+def _runtimes(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:
+    backported = "where your distribution has mended it under the old number, --ignore"
+    if found := flaws(facts.docker.runc, RUNC):
+        yield _warning(
+            "runc",
+            node.name,
+            f"its runc {facts.docker.runc} may let a job out of its container ({', '.join(found)})",
+            f"install runc 1.2.8, 1.3.3 or newer; {backported} runc",
+        )
+    if inventory.accelerator == "cuda" and (found := flaws(facts.docker.toolkit, TOOLKIT)):
+        yield _warning(
+            "nvidia-toolkit",
+            node.name,
+            f"its nvidia-container-toolkit {facts.docker.toolkit} may let a job out of its container "
+            f"({', '.join(found)})",
+            f"install nvidia-container-toolkit 1.17.8 or newer; {backported} nvidia-toolkit",
+        )
+
+
+def flaws(version: str, mended: Mended) -> tuple[str, ...]:
+    """What this release has not mended yet, none for a version that cannot be read, such as 1.1.5+ds1 or 1.4.0-rc.2."""
+    match = re.match(r"v?(\d+)\.(\d+)\.(\d+)(?:[-~]rc\.?(\d+))?", version)
+    if not match:
+        return ()
+    candidate = int(match[4]) if match[4] else 2**31  # a release comes after all its candidates
+    number = (*map(int, match.group(1, 2, 3)), candidate)
+    return tuple(
+        name
+        for name, firsts in mended.items()
+        if (first := next((one for one in firsts if one[:2] >= number[:2]), None)) and number < first
+    )
 
 
 def _gpus(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:
@@ -178,9 +237,9 @@ def _disks(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Findi
     for mount in inventory.container.mounts:
         yield from _exists(node, facts.disk(mount.source), "mount source")
     for device in inventory.container.devices:
-        yield from _exists(node, facts.disk(device), "device")
+        yield from _exists(node, facts.disk(device), "device", allowed=check_device)
     state = facts.disk(paths_to_ask(inventory, node)[-1])
-    if state.stuck:
+    if state.stuck or state.leads_to:
         yield from _exists(node, state, "state folder")
     if state.exists and state.free < LEAST_FREE:
         yield _full(node, node_root(inventory, node, facts), state)
@@ -203,7 +262,7 @@ def _place(node: Node, disk: Disk, what: str, *, write: bool) -> Iterator[Findin
         yield _full(node, disk.path, disk)
 
 
-def _exists(node: Node, disk: Disk, what: str) -> Iterator[Finding]:
+def _exists(node: Node, disk: Disk, what: str, allowed: Callable[[str], object] = check_node_path) -> Iterator[Finding]:
     if disk.stuck:
         yield _error(
             "path-stuck",
@@ -215,6 +274,16 @@ def _exists(node: Node, disk: Disk, what: str) -> Iterator[Finding]:
         yield _error(
             "path-missing", node.name, f"the {what} {disk.path} does not exist", "create or mount it; we never would"
         )
+    elif disk.leads_to:
+        try:
+            allowed(disk.leads_to)
+        except ValueError as error:
+            yield _error(
+                "path-leads-out",
+                node.name,
+                f"the {what} {disk.path} leads elsewhere, and that {error}",
+                "on the node: look at the links on the way there (namei); name a folder that is meant for this",
+            )
 
 
 def _full(node: Node, path: str, disk: Disk) -> Finding:
@@ -263,6 +332,32 @@ def _port(node: Node, facts: NodeFacts, port: int) -> Iterator[Finding]:
                 f"port {port}, where the processes would meet, is taken{owner}",
                 "use --port auto, or another master_port in the inventory",
             )
+
+
+def _outside(inventory: Inventory, facts: Mapping[str, NodeFacts], port: int) -> Iterator[Finding]:
+    """The rendezvous listens on every interface of the first node and asks for no password."""
+    alone, first = stays_here(inventory), inventory.nodes[0]
+    public = [
+        address for nic in facts[first.name].nics for address in nic.addresses if not alone and _is_public(address)
+    ]
+    if public:
+        peers = [choose_address(node, facts[node.name], alone=alone) for node in inventory.nodes]
+        family = "ip6" if any(":" in peer for peer in peers) else "ip"
+        yield _warning(
+            "port-public",
+            first.name,
+            f"port {port}, where the processes meet without a password, is open at its public address "
+            f"{' and '.join(public)}, unless a firewall keeps it shut",
+            f"let the nodes alone in, as by: nft add rule inet filter input tcp dport {port} "
+            f"{family} saddr != '{{ {', '.join(peers)} }}' drop; where that is so, --ignore port-public",
+        )
+
+
+def _is_public(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_global
+    except ValueError:  # a node may say anything
+        return False
 
 
 def _pinned(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:

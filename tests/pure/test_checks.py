@@ -13,7 +13,7 @@ from cluster.errors import PreconditionError
 from cluster.facts import DockerFact, Listener, Nic, NodeFacts
 from cluster.inventory import Inventory
 from launcher import checks
-from launcher.checks import Finding, findings, judge, paths_to_ask, peers_to_ask
+from launcher.checks import Finding, findings, flaws, judge, paths_to_ask, peers_to_ask
 from tests.pure import given
 
 ONE = given.inventory(nodes=1)
@@ -27,6 +27,7 @@ MOUNTS = given.inventory(
     nodes=1,
     container={"mounts": [{"source": "/mnt/models", "target": "/models"}], "devices": ["/dev/infiniband"]},
 )
+LOOK_THERE = "on the node: look at the links on the way there (namei); name a folder that is meant for this"
 DENIED = "Got permission denied while trying to connect to the Docker daemon socket"
 DOWN = "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?"
 
@@ -223,6 +224,94 @@ TABLE: dict[str, tuple[Inventory, NodeFacts, tuple[str, str, str, str]]] = {
         facts(clock_offset=3600.0),
         ("clock", "error", "its clock is +3600 s off", "synchronise it (chrony, timesyncd)"),
     ),
+    "docker listens for everybody": (
+        ONE,
+        facts(listeners=(Listener(port=2375, exposed=True),)),
+        (
+            "docker-tcp",
+            "error",
+            "TCP port 2375 is open to other machines: where Docker listens there, whoever reaches it is root",
+            "on the node: take -H tcp://… out of dockerd's options and hosts out of /etc/docker/daemon.json; nothing "
+            "here needs it",
+        ),
+    ),
+    "runc is old": (
+        ONE,
+        facts(docker=replace(given.facts().docker, runc="1.2.7")),
+        (
+            "runc",
+            "warning",
+            "its runc 1.2.7 may let a job out of its container (CVE-2025-31133, CVE-2025-52565, CVE-2025-52881)",
+            "install runc 1.2.8, 1.3.3 or newer; where your distribution has mended it under the old number, "
+            "--ignore runc",
+        ),
+    ),
+    "the NVIDIA toolkit is old": (
+        ONE,
+        facts(docker=replace(given.facts().docker, toolkit="1.17.7")),
+        (
+            "nvidia-toolkit",
+            "warning",
+            "its nvidia-container-toolkit 1.17.7 may let a job out of its container (CVE-2025-23266)",
+            "install nvidia-container-toolkit 1.17.8 or newer; where your distribution has mended it under the old "
+            "number, --ignore nvidia-toolkit",
+        ),
+    ),
+    "an NVMe path leads into the system": (
+        DISKS,
+        disks(given.disk(given.NVME, leads_to="/etc")),
+        (
+            "path-leads-out",
+            "error",
+            "the NVMe path /mnt/nvme0 leads elsewhere, and that must not be '/etc': it belongs to the system, and "
+            "whoever writes there owns the machine",
+            LOOK_THERE,
+        ),
+    ),
+    "checkpoints lead to somebody's keys": (
+        DISKS,
+        disks(given.disk("/mnt/checkpoints", leads_to="/home/ada/.ssh")),
+        (
+            "path-leads-out",
+            "error",
+            "the checkpoint path /mnt/checkpoints leads elsewhere, and that must not be '/home/ada/.ssh': it opens "
+            "other doors",
+            LOOK_THERE,
+        ),
+    ),
+    "a mount leads to everything": (
+        MOUNTS,
+        disks(given.disk("/mnt/models", leads_to="/"), given.disk("/dev/infiniband")),
+        (
+            "path-leads-out",
+            "error",
+            "the mount source /mnt/models leads elsewhere, and that must not be '/' itself, which holds other things "
+            "too; name a folder of its own below",
+            LOOK_THERE,
+        ),
+    ),
+    "a device leads to a disk": (
+        MOUNTS,
+        disks(given.disk("/mnt/models"), given.disk("/dev/infiniband", leads_to="/dev/sda1")),
+        (
+            "path-leads-out",
+            "error",
+            "the device /dev/infiniband leads elsewhere, and that must not be '/dev/sda1': with it a container can "
+            "read or write the whole machine",
+            LOOK_THERE,
+        ),
+    ),
+    "the state folder leads into the system": (
+        given.inventory(nodes=1, defaults={"paths": {"state": "/mnt/state"}}),
+        disks(given.disk("/mnt/state", leads_to="/var/lib/docker/x")),
+        (
+            "path-leads-out",
+            "error",
+            "the state folder /mnt/state leads elsewhere, and that must not be '/var/lib/docker/x': it belongs to the "
+            "system, and whoever writes there owns the machine",
+            LOOK_THERE,
+        ),
+    ),
     "an interface is not there": (
         given.inventory(nodes=1, defaults={"nic": "ib0"}),
         facts(),
@@ -246,6 +335,10 @@ def test_a_fact_is_this_finding(inventory: Inventory, seen: NodeFacts, expected:
         (CPU, facts(gpus=0, docker=DockerFact(version="27.1.1", runtimes=("runc",)))),
         (DISKS, facts()),
         (CACHE, facts()),
+        (DISKS, disks(given.disk(given.NVME, leads_to="/mnt/raid/nvme0"))),
+        (ONE, facts(listeners=(Listener(port=2375), Listener(port=2376, exposed=True)))),
+        (ONE, facts(listeners=(Listener(port=2375, owner="python3 (pid 42)", exposed=True),))),
+        (CPU, facts(gpus=0, docker=replace(given.facts().docker, toolkit="1.17.7"))),
         (DISKS, disks(given.disk("/mnt/data", writable=False, free=0, on_root=True))),
         (given.inventory(nodes=1, defaults={"nic": "lo"}), facts()),
         (
@@ -284,6 +377,72 @@ def test_a_busy_port_names_who_has_it_and_only_on_the_first_node() -> None:
     assert found_of(inventory, known, port=29501) == [("port-busy", "gpu-01", f"port 29501, {taken}")]
     assert found_of(inventory, known, port=29502) == []
     assert found_of(inventory, known) == []
+
+
+# S23
+RUNC = "CVE-2025-31133 CVE-2025-52565 CVE-2025-52881"
+
+
+@pytest.mark.parametrize(
+    ("version", "found"),
+    [
+        ("1.0.0-rc93", f"CVE-2024-21626 {RUNC}"),
+        ("1.0.0~rc93+ds1", f"CVE-2024-21626 {RUNC}"),
+        ("1.1.5+ds1", f"CVE-2024-21626 {RUNC}"),
+        ("v1.1.11", f"CVE-2024-21626 {RUNC}"),
+        ("1.1.12-0ubuntu2~22.04.1", RUNC),
+        ("1.2.0-rc.1", RUNC),
+        ("1.2.7", RUNC),
+        ("1.2.8", ""),
+        ("1.2.10", ""),
+        ("1.3.0-rc.2", RUNC),
+        ("1.3.2", RUNC),
+        ("1.3.3", ""),
+        ("1.4.0-rc.2", RUNC),
+        ("1.4.0-rc.3", ""),
+        ("1.4.0", ""),
+        ("2.0.0", ""),
+        ("51d5e94601ce", ""),
+        ("", ""),
+    ],
+)
+def test_s23_a_release_of_runc_has_these_flaws(version: str, found: str) -> None:
+    assert flaws(version, checks.RUNC) == tuple(found.split())
+
+
+@pytest.mark.parametrize(
+    ("version", "found"),
+    [
+        ("1.13.5", "CVE-2024-0132 CVE-2025-23266"),
+        ("1.16.1", "CVE-2024-0132 CVE-2025-23266"),
+        ("1.16.2", "CVE-2025-23266"),
+        ("1.17.7", "CVE-2025-23266"),
+        ("1.17.8", ""),
+        ("1.18.0-rc.1", ""),
+    ],
+)
+def test_s23_a_release_of_the_nvidia_toolkit_has_these_flaws(version: str, found: str) -> None:
+    assert flaws(version, checks.TOOLKIT) == tuple(found.split())
+
+
+def test_s21_a_port_at_a_public_address_of_the_first_node_is_told_with_a_rule_that_closes_it() -> None:
+    inventory = given.inventory(nodes=2)
+    known = given.all_facts(inventory)
+    public = (*known["gpu-01"].nics, Nic(name="eth1", addresses=("131.107.0.7", "1:2", "2606:4700::7")))
+    open_first = {**known, "gpu-01": replace(known["gpu-01"], nics=public)}
+    (found,) = findings(inventory, open_first, port=29500)
+    assert str(found).splitlines() == [
+        "node gpu-01: port 29500, where the processes meet without a password, is open at its public address "
+        "131.107.0.7 and 2606:4700::7, unless a firewall keeps it shut [port-public]",
+        "  next: let the nodes alone in, as by: nft add rule inet filter input tcp dport 29500 ip saddr != "
+        "'{ 10.0.0.11, 10.0.0.12 }' drop; where that is so, --ignore port-public",
+    ]
+    assert found.level == "warning"
+    # No run: no port. Another node: nobody meets there. One machine: it meets itself.
+    assert findings(inventory, open_first) == ()
+    assert findings(inventory, {**known, "gpu-02": replace(known["gpu-02"], nics=public)}, port=29500) == ()
+    here = given.inventory(nodes=1, defaults={"transport": "local"})
+    assert findings(here, {"gpu-01": open_first["gpu-01"]}, port=29500) == ()
 
 
 def test_swapping_to_nvme_needs_a_path_on_every_node() -> None:
@@ -407,6 +566,7 @@ def test_every_finding_that_the_code_knows_has_its_test_here() -> None:
         and isinstance(call.args[0], ast.Constant)
     }
     others = {"address", "port-busy", "nvme-none", "memlock", "rootless-multinode", "arch-differs", "driver-differs"}
+    others |= {"port-public"}
     assert named == {expected[0] for _, _, expected in TABLE.values()} | others
     assert named == checks.IDS
 

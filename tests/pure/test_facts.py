@@ -85,6 +85,33 @@ def test_this_machine_answers_the_survey(tmp_path: Path) -> None:
     assert facts.disk("~/.").is_dir
 
 
+def test_s19_a_path_that_links_make_another_one_is_told(tmp_path: Path) -> None:
+    real = tmp_path / "real \\t folder" / "disk"
+    real.mkdir(parents=True)
+    direct, below = tmp_path / "direct", tmp_path / "below"
+    direct.symlink_to(real)
+    below.symlink_to(real.parent)
+    facts = ask(paths=(str(real), str(direct), str(below / "disk"), str(tmp_path / "none")))
+    assert facts.disk(str(real)).leads_to == ""
+    assert facts.disk(str(direct)).leads_to == facts.disk(str(below / "disk")).leads_to == str(real)
+
+
+def test_s16_who_listens_for_other_machines_is_told_apart() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as inward, socket.create_server(("0.0.0.0", 0)) as outward:
+        ports = inward.getsockname()[1], outward.getsockname()[1]
+        known = {one.port: one.exposed for one in ask().listeners}
+    assert [known[port] for port in ports] == [False, True]
+
+
+def test_s23_the_runtimes_are_asked_for_their_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool(tmp_path / "docker", """echo '{"ServerVersion": "27.1.1"}'""")
+    tool(tmp_path / "runc", "printf 'runc version 1.1.5+ds1\\ncommit: 1.1.5+ds1-1+deb12u1\\nspec: 1.0.2-dev\\n'")
+    tool(tmp_path / "nvidia-ctk", "printf 'NVIDIA Container Toolkit CLI version 1.17.4\\ncommit: 9b69590c7428\\n'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = ask(engine="docker").docker
+    assert (found.version, found.runc, found.toolkit) == ("27.1.1", "1.1.5+ds1", "1.17.4")
+
+
 def test_a_way_is_found_to_a_name_and_kept_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(tmp_path / "getent", '[ "$2" = gpu-02 ] && printf "%s STREAM gpu-02\\n%s DGRAM\\n" 10.0.0.12 10.0.0.12')
     tool(tmp_path / "ip", '[ "$1" = route ] && [ "$3" ] && echo "$3 dev to-$3 src 10.0.0.11"')
@@ -190,7 +217,7 @@ def test_what_a_login_shell_says_first_is_no_fact() -> None:
     chatty = survey(clock="100.5", before="Welcome to gpu-01!\nuser=banner\n")
     assert chatty == survey(clock="100.5")
     assert chatty.system.user == "ml"
-    assert chatty.listeners == (Listener(port=80),)
+    assert chatty.listeners == (Listener(port=80, exposed=True),)
 
 
 def test_a_survey_that_breaks_off_is_read_as_far_as_it_goes() -> None:
