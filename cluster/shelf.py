@@ -24,6 +24,7 @@ from pathlib import Path
 
 from cluster.archive import CHUNK, GZIP, compressed, content_digest, is_worth_compressing, plainly
 from cluster.errors import ClusterError
+from cluster.private import make_private
 
 LIMIT = 24 << 30  # bytes of layers that are kept
 _SAMPLE = 4 << 20
@@ -203,7 +204,7 @@ class Shelf:
     @contextmanager
     def _kept(self) -> Iterator[None]:
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self.folder)
             yield
         except OSError as error:
             raise ClusterError(

@@ -16,6 +16,7 @@ from enum import Enum
 from pathlib import Path
 
 from cluster.errors import InputError, UntrustedError
+from cluster.private import make_private
 
 SSH_PORT = 22
 # What may stand in a name of the file: no space, no list comma, no pattern and no `#`, `@` or `|` of its markers.
@@ -193,7 +194,7 @@ def _write(path: Path, keys: Iterable[HostKey]) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One writer at a time; the folder's own entry is on disk when this ends."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(folder)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

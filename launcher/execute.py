@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.container import LABEL_DETACHED, LABEL_OUT, LABEL_RUN, Container, ContainerState
-from cluster.errors import CommandError, InputError
+from cluster.errors import ClusterError, CommandError, InputError
 from cluster.fleet import Answers, Machine, each
 from launcher import checks, ladder, operator, render, zero
 from launcher.converge import Converged, converge, image_tag, told
-from launcher.events import CodeArrived, NodeEnded, NodeStarted, RunBegan, RunEnded, StageBegan
+from launcher.events import CodeArrived, Emit, Event, NodeEnded, NodeStarted, RunBegan, RunEnded, StageBegan
 from launcher.job import NODE_GRACE, Job
 from launcher.ladder import Question
 from launcher.plan import Plan, choose_port, make_plan, node_root, stays_here
@@ -166,8 +166,20 @@ def start(
         emit(RunEnded(time=clock(), code=getattr(error, "exit_code", 130), cause=_first_line(error)))
         raise
     for node, container in containers.items():
-        emit(NodeStarted(time=clock(), node=node, container=container))
+        _emitting(now, record)(NodeStarted(time=clock(), node=node, container=container))
     return containers
+
+
+def _emitting(now: Session, record: RunRecord) -> Emit:
+    """Write events down while a run goes on: it does not end because this machine's disk is full."""
+
+    def emit(event: Event) -> None:
+        try:
+            record.emit(event)
+        except ClusterError as error:
+            now.voice.say(f"warning: {error.where}: {error.what}; the run goes on")
+
+    return emit
 
 
 def _first_line(error: BaseException) -> str:
@@ -191,9 +203,10 @@ def follow(
         for node in plan.nodes
         if node.name in containers
     ]
-    record.emit(StageBegan(time=time.time(), stage="watch"))
-    end = watch(parts, emit=record.emit, show=show, own=own, clear=True)
-    record.emit(end)
+    emit = _emitting(now, record)
+    emit(StageBegan(time=time.time(), stage="watch"))
+    end = watch(parts, emit=emit, show=show, own=own, clear=True)
+    emit(end)
     _keep_evidence(parts, record)
     nodes = {node.name: node for node in plan.nodes}
     # Whoever does not answer is tidied after another run.
@@ -460,8 +473,9 @@ def _follow_found(
     ]
     detached = any(LABEL_DETACHED in one.labels for one in containers.values())
     lost = {node: end for node, end in record.state().ends.items() if end.lost and node not in containers}
-    end = watch(parts, emit=record.emit, show=show, own=own, clear=own or detached, lost=lost)
-    record.emit(end)
+    emit = _emitting(now, record)
+    end = watch(parts, emit=emit, show=show, own=own, clear=own or detached, lost=lost)
+    emit(end)
     _keep_evidence(parts, record)
     return end
 

@@ -12,6 +12,7 @@ Nothing here is needed to find containers (labels do that): it is memory, and ma
 
 from __future__ import annotations
 
+import errno
 import heapq
 import json
 import os
@@ -21,9 +22,10 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 from cluster.errors import ClusterError, InputError
+from cluster.private import make_private, open_private
 from launcher.events import Event, from_json, to_json
 from launcher.state import RunState, fold
 
@@ -58,6 +60,11 @@ class Memory:
     def shelf(self) -> Path:
         """Where image layers are kept."""
         return self._folder / "shelf"
+
+    @property
+    def rehearsals(self) -> Path:
+        """Where a rehearsal leaves the logs of what did not end as it should."""
+        return self._folder / "rehearsals"
 
     def cluster(self, name: str) -> ClusterMemory:
         """One cluster's part; it need not be there yet."""
@@ -175,14 +182,14 @@ class RunRecord:
         """One log for every rank, `rank-00005.log`, made of the mirrors; a rank lives on one node."""
         for node, length in self.mirrored().items():
             with ExitStack() as stack:
-                parts: dict[bytes, BinaryIO] = {}
+                parts: dict[bytes, IO[bytes]] = {}
                 for moment, _, line in _lines(self.mirror(node), length):
                     rank, _, text = line[len(moment) + 1 :].partition(b" ")
                     if not rank.isdigit() or len(rank) > RANK_DIGITS:
                         continue
                     if rank not in parts:
                         path = self.logs / f"rank-{int(rank):05d}.log"
-                        parts[rank] = stack.enter_context(path.open("wb"))
+                        parts[rank] = stack.enter_context(open_private(path, "wb"))
                     parts[rank].write(moment + b" " + text + b"\n")
 
     def save_plan(self, plan: Plan) -> None:
@@ -200,8 +207,8 @@ class RunRecord:
     def emit(self, event: Event) -> None:
         """Append one event; it is on disk when this returns."""
         with self._lock, _written(self.folder):
-            _make_private(self.folder)
-            with (self.folder / "events.jsonl").open("ab") as log:
+            make_private(self.folder)
+            with open_private(self.folder / "events.jsonl", "ab") as log:
                 # After a torn line (a full disk, a crash) a new one begins.
                 start = b"\n" if _is_torn(self.folder / "events.jsonl") else b""
                 log.write(start + to_json(event).encode() + b"\n")
@@ -235,11 +242,6 @@ def _is_torn(path: Path) -> bool:
         return bool(log.seek(0, os.SEEK_END)) and (log.seek(-1, os.SEEK_END), log.read(1))[1] != b"\n"
 
 
-def _make_private(folder: Path) -> None:
-    for missing in reversed([one for one in (folder, *folder.parents) if not one.exists()]):
-        missing.mkdir(mode=0o700, exist_ok=True)  # `parents=True` would give the ones above the usual mode
-
-
 def _whole(path: Path) -> int:
     """The length of a file up to its last line end."""
     with path.open("rb") as file:
@@ -267,13 +269,13 @@ def keep_traceback(folder: Path, text: str) -> Path:
     """Append a traceback to the log for bugs; gives back where that is."""
     path = folder / "errors.log"
     try:
-        _make_private(folder)
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        make_private(folder)
+        log = open_private(path, "ab")
     except OSError:  # that may be the very bug
-        log, name = tempfile.mkstemp(prefix="launcher-errors-")
-        path = Path(name)
-    with os.fdopen(log, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text + "\n")
+        handle, name = tempfile.mkstemp(prefix="launcher-errors-")
+        log, path = os.fdopen(handle, "ab"), Path(name)
+    with log:
+        log.write(text.encode(errors="backslashreplace") + b"\n")
     return path
 
 
@@ -305,15 +307,16 @@ def _written(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        why = "a link stands in its place" if error.errno == errno.ELOOP else error.strerror or error
         raise ClusterError(
-            f"this cannot be written: {error.strerror or error}",
+            f"this cannot be written: {why}",
             where=str(place),
             next_step="make room there, or set LAUNCHER_STATE to a folder that you can write to",
         ) from error
 
 
 def _write_whole(path: Path, text: str) -> None:
-    _make_private(path.parent)
+    make_private(path.parent)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     partial.unlink(missing_ok=True)  # of a process that died while it had our number
     try:

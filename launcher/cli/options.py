@@ -311,10 +311,13 @@ def _option(*names: str, section: str = "", **attributes: Any) -> Callable[..., 
 
 
 def memory() -> Memory:
-    """What is remembered on this machine."""
+    """What is remembered on this machine; `InputError` where others could put something into it."""
+    from cluster.private import check_private
     from launcher.record import Memory, state_folder
 
-    return Memory(state_folder(os.environ))
+    folder = state_folder(os.environ)
+    check_private(folder)
+    return Memory(folder)
 
 
 def load(cluster: str | None, *, engine: str | None = None) -> tuple[Inventory, ClusterMemory, Path]:

@@ -16,6 +16,7 @@ from launcher.cli.options import (
     json_option,
     launcher,
     log_view,
+    memory,
     read_job,
     show_json,
 )
@@ -63,7 +64,6 @@ def rehearse(*, as_json: bool, **asked: Any) -> None:
 
     from launcher import rehearsal, zero
     from launcher.errors import RunError
-    from launcher.record import state_folder
     from launcher.secrets import read_secrets
     from launcher.snapshot import take
     from launcher.views import text
@@ -77,7 +77,7 @@ def rehearse(*, as_json: bool, **asked: Any) -> None:
     job = dataclasses.replace(job, secrets=tuple(values))
     snapshot = take(Path.cwd())
     check_script(job.script, {entry.path for entry in snapshot.entries})
-    kept = state_folder(os.environ) / "rehearsals"
+    kept = memory().rehearsals
     size = {name: asked[name] for name in ("slots", "engine")}
     with rehearsal.stage(kept, Teller(), count=asked["nodes"], **size) as now:
         show = (lambda _node, _line: None) if as_json else log_view([node.name for node in now.inventory.nodes])

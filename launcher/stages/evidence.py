@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.command import Command, script
 from cluster.fleet import Machine
+from cluster.private import make_private, open_private
 
 _FILES = 256  # the most that are brought from one node
 _BYTES = 8 << 20  # the most that one may weigh
@@ -22,7 +23,8 @@ def fetch_evidence(machine: Machine, *, out: str, folder: Path) -> int:
         content = machine.transport.run(Command(argv=("head", "-c", str(_BYTES), f"{out}/{name}")), timeout=60)
         if content.ok:
             path = folder / machine.name / name
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.write_bytes(content.stdout)
+            make_private(path.parent)
+            with open_private(path, "wb") as file:
+                file.write(content.stdout)
             brought += 1
     return brought

@@ -10,6 +10,7 @@ from pathlib import Path
 from cluster.command import Command
 from cluster.errors import NodeError
 from cluster.fleet import Machine
+from cluster.private import make_private, open_private
 
 RETRY = 1.0  # seconds between two attempts to follow again
 TRIES = 3  # for the rest of a log whose writer has ended
@@ -66,9 +67,8 @@ class Mirror:
         return Command(argv=("tail", "-c", f"+{self._have + 1}", *(("-f",) if follow else ()), self._source))
 
     def _take(self, chunk: bytes) -> None:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._path.touch()
-        with self._path.open("r+b", buffering=0) as file:
+        make_private(self._path.parent)
+        with open_private(self._path, "r+b", buffering=0) as file:
             file.seek(self._have)
             while chunk:
                 written = file.write(chunk)

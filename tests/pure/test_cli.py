@@ -269,6 +269,30 @@ def test_a_state_that_cannot_be_written_is_one_message(call: Shell) -> None:
     assert "this cannot be written: Not a directory\n  next: make room there, or set LAUNCHER_STATE" in told.err
 
 
+def test_s25_a_state_folder_of_which_others_decide_is_refused_by_every_command(call: Shell) -> None:
+    (call.folder / "cluster.yaml").write_text(INVENTORY)
+    state = call.folder.parent / "state"
+    state.symlink_to(call.folder)
+    for words in (("ls",), ("trust", "cluster.yaml", "--yes"), ("up", "cluster.yaml"), ("logs",), ("image", "prune")):
+        told = call(*words)
+        assert (told.code, told.out) == (2, ""), words
+        assert told.err.startswith(f"error: {state}: the state folder is a link"), told.err
+    assert [path.name for path in call.folder.iterdir()] == ["cluster.yaml"]
+
+
+def test_f47_a_state_of_nothing_but_damage_is_told_in_words(call: Shell) -> None:
+    (call.folder / "cluster.yaml").write_text(INVENTORY)
+    lab = call.folder.parent / "state" / "clusters" / "lab"
+    run = lab / "runs" / "20261123-070000-c0de"
+    (run / "logs").mkdir(parents=True)
+    for path in (lab / "inventory", lab / "engine", lab / "facts.json", run / "events.jsonl", run / "plan.json"):
+        path.write_bytes(b"\xff\0{[")
+    (lab / "known_hosts").write_bytes(b"\xff\0")
+    (run / "logs" / "gpu-01.log").write_bytes(b"\xff\0")
+    codes = [call(*words).code for words in (("ls",), ("ls", "--json"), ("status",), ("logs",), ("up",), ("down",))]
+    assert codes == [0, 0, 2, 2, 2, 2]
+
+
 def test_what_was_mistaken_leaves_no_state(call: Shell) -> None:
     call("status")
     call("up", "nowhere.yaml")
