@@ -55,6 +55,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote_from_bytes, quote_plus
 
 # On a node these files lie side by side, and belong to no package.
 if TYPE_CHECKING or __package__:
@@ -265,7 +266,7 @@ class Bell:
 
 
 class Redactor:
-    """Replaces the values of secrets, and their base64, by `***`."""
+    """Replaces the values of secrets, as they are, in base64 and in URLs, by `***`."""
 
     def __init__(self, values: Iterable[bytes] = ()) -> None:
         words = {word for value in values for word in spellings(value)}
@@ -278,10 +279,13 @@ class Redactor:
 
 
 def spellings(value: bytes) -> Iterator[bytes]:
-    """The lines of a secret, and what base64 makes of the whole at each of the three places it may start."""
+    """The lines of a secret, and what URLs make of the whole, and base64 at each of the three places it may start."""
     yield from (line for line in value.splitlines() if len(line) >= SHORTEST_SECRET)
     if len(value) < SHORTEST_SECRET:
         return
+    for safe in ("", "/"):
+        yield quote_from_bytes(value, safe=safe).encode()
+        yield quote_plus(value, safe=safe).encode()
     for shift in range(3):
         # Only the characters that depend on nothing but the value: the first and the last ones mix with neighbours.
         first = (shift * 8 + 5) // 6

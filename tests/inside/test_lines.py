@@ -89,6 +89,22 @@ def test_a_secret_is_hidden(chunks: list[bytes]) -> None:
     assert "s3cret" not in "".join(lines_of(*chunks, redact=Redactor([SECRET])))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hub_/%2B+k%C3%A9y%26%3D",
+        "hub_%2F%2B%20k%C3%A9y%26%3D",
+        "hub_%2F%2B+k%C3%A9y%26%3D",
+        "hub_/%2B%20k%C3%A9y%26%3D",
+    ],
+)
+def test_s11_a_secret_is_hidden_as_urls_write_it(text: str) -> None:
+    line = f"GET https://hub/api?token={text}&x=1"
+    assert lines_of(line.encode() + b"\n", redact=Redactor(["hub_/+ kéy&=".encode()])) == [
+        "GET https://hub/api?token=***&x=1"
+    ]
+
+
 @pytest.mark.parametrize("before", [LONGEST - 6, LONGEST, LONGEST + 1, 2 * LONGEST - 3])
 def test_a_secret_is_hidden_where_a_long_line_is_cut(before: int) -> None:
     text = b"x" * before + SECRET + b"y" * LONGEST + b"\n"

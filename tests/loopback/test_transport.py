@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import getpass
 import hashlib
 import os
 import pty
@@ -580,6 +581,22 @@ class TestConfiguration:
             transport = site.reach(Address(node="gpu-01", host=LOCALHOST, port=shared_sshd.port))
             assert transport.run(Command(argv=("true",))).ok
             transport.close()
+
+    def test_s04_the_agent_is_never_forwarded(
+        self, site: Site, shared_sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        site.trust(site.address(shared_sshd))
+        site.config.write_text("Host *\n  ForwardAgent yes\n")
+        with agent(site.folder / "agent", site.key) as sock:
+            monkeypatch.setenv("SSH_AUTH_SOCK", sock)
+            command = ["ssh", "-F", str(site.config), "-o", f"UserKnownHostsFile={site.known_hosts}"]
+            there = f"{getpass.getuser()}@{LOCALHOST}"
+            asked = [*command, "-p", str(shared_sshd.port), there, "echo ${SSH_AUTH_SOCK-none}"]
+            forwarded = subprocess.run(asked, capture_output=True, check=True).stdout
+            transport = site.reach(Address(node="gpu-01", host=LOCALHOST, port=shared_sshd.port))
+            ours = transport.run(script("echo ${SSH_AUTH_SOCK-none}")).stdout
+            transport.close()
+        assert (forwarded != b"none\n", ours) == (True, b"none\n")
 
 
 class TestTerminal:
