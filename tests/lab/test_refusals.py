@@ -94,6 +94,33 @@ def test_a_full_disk_is_refused(lab: testbed.Lab, user: User, unchanged: object)
         testbed.run(node, "rm", "/mnt/small/fill")
 
 
+def test_s16_a_docker_port_that_is_open_to_all_is_refused(lab: testbed.Lab, user: User, unchanged: object) -> None:
+    node = lab.machines[1].name
+    testbed.run(node, "sh", "-c", "setsid /usr/sbin/sshd -D -e -p 2375 -o PidFile=/run/open.pid >/dev/null 2>&1 &")
+    try:
+        said = user.launcher("run", "jobs/report.py")
+        assert (said.code, node in said.first, "[docker-tcp]" in said.first) == (4, True, True), said.err
+        assert [containers(machine.name) for machine in lab.machines] == unchanged
+    finally:
+        testbed.run(node, "sh", "-c", "kill $(cat /run/open.pid)")
+
+
+def test_s19_a_path_that_leads_into_the_system_is_refused(lab: testbed.Lab, user: User, unchanged: object) -> None:
+    node = lab.machines[2].name
+    testbed.run(node, "ln", "-sfn", "/var/lib/docker", "/mnt/planted")
+    try:
+        path = user.write(name=lab.prefix, defaults={**_defaults(user), "paths": {"checkpoints": "/mnt/planted"}})
+        for machine in lab.machines[:2]:
+            testbed.run(machine.name, "install", "-d", "-o", "ml", "/mnt/planted")
+        said = user.launcher("up", str(path))
+        assert (said.code, node in said.err, "[path-leads-out]" in said.err) == (4, True, True), said.err
+        assert "/mnt/planted leads elsewhere, and that must not be '/var/lib/docker'" in said.err
+        assert [containers(machine.name) for machine in lab.machines] == unchanged
+    finally:
+        for machine in lab.machines:
+            testbed.run(machine.name, "rm", "-rf", "/mnt/planted")
+
+
 def test_a_user_without_docker_permission_is_told_the_cure(lab: testbed.Lab, user: User) -> None:
     path = user.write(name=lab.prefix, defaults={**_defaults(user), "user": "nodocker"})
     said = user.launcher("up", "--dry-run", str(path))

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -158,6 +159,24 @@ def test_nothing_is_ever_run_by_a_shell_that_is_not_quoted_by_us() -> None:
         if isinstance(node, ast.keyword) and node.arg == "shell" and getattr(node.value, "value", False) is True
     ]
     assert shells == []
+
+
+def test_s14_no_archive_is_ever_unpacked_by_python() -> None:
+    """Where a member goes is decided by us, member by member, or by tar on a node in a folder of its own."""
+    unpacks = [
+        f"{name_of(path)}:{node.lineno}"
+        for path in CODE
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and node.attr in ("extractall", "extract", "unpack_archive")
+    ]
+    assert unpacks == []
+
+
+def test_s05_what_speaks_ssh_is_pinned_to_a_release_without_terrapin() -> None:
+    pins = dict(re.findall(r'"(fabric|paramiko)==([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    assert sorted(pins) == ["fabric", "paramiko"]
+    assert tuple(map(int, pins["paramiko"].split("."))) >= (3, 4)
+    assert version("paramiko") == pins["paramiko"]
 
 
 # The command line: it grows only by an argued change of this list.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -384,3 +385,18 @@ def test_whatever_a_host_is_it_is_taken_or_refused(host: str) -> None:
     except InputError:
         return
     assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9a-f:.]+", inventory.nodes[0].host)
+
+
+def test_s13_no_key_of_an_inventory_holds_a_password() -> None:
+    def keys(part: object) -> Iterator[str]:
+        if isinstance(part, dict):
+            yield from part.get("properties", {})
+            for below in part.values():
+                yield from keys(below)
+        elif isinstance(part, list):
+            for below in part:
+                yield from keys(below)
+
+    names = set(keys(schema()))
+    assert {"host", "identity_file", "secrets"} <= names
+    assert [name for name in names if re.search(r"pass|token|secret|credential", name)] == ["secrets"]
