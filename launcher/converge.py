@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.engine import Engine
-from cluster.errors import ImageError, InputError, NodeError
+from cluster.errors import ImageError, InputError, LockedError, NodeError
 from cluster.facts import NodeFacts
 from cluster.inventory import Inventory
-from launcher import checks, zero
+from launcher import checks, operator, zero
 from launcher.errors import PlanError
 from launcher.job import Job
-from launcher.plan import Plan, choose_address, make_plan, node_root, stays_here
-from launcher.session import Seen, Session, Voice, look, showing
+from launcher.plan import NodePlan, Plan, choose_address, make_plan, node_root, stays_here
+from launcher.session import Seen, Session, Voice, find_ours, look, showing
 from launcher.stages.prepare import nodes_up, start_nodes
 from launcher.stages.relay import Road
 from launcher.stages.ship import lacking, ship_image
+
+ROUNDS = 3  # how often `up` puts back what somebody takes away meanwhile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +57,37 @@ def converge(
         todo += tuple(f"send the image {tag} to {node}" for node in missing_image)
     elif missing_image:
         shipped = ship(now, seen, tag=tag, digest=digest or "", to=missing_image)
-    plan = make_plan(now.inventory, job, seen.facts, image=digest or tag)
+    plan = make_plan(
+        now.inventory,
+        job,
+        seen.facts,
+        image=digest or tag,
+        operator=operator.name(),
+        starter=operator.starter(),
+    )
     missing = nodes_up(now.machines, plan, seen.found, partly=now.whole is not None)
     if dry_run:
         todo += tuple(f"write the configuration and start the container of {node}" for node in missing)
-    else:
-        start_nodes(now.machines, plan, missing)
+    elif missing:
+        _start_missing(now, plan, missing)
     return Converged(plan=plan, built=built, shipped=shipped, started=tuple(missing)), todo
+
+
+def _start_missing(now: Session, plan: Plan, missing: Mapping[str, NodePlan]) -> None:
+    """Start the idle containers until one look finds all of them: a `down` at the same moment leaves all or none.
+
+    It goes on until it finds none; who gives up is this, with `LockedError`.
+    """
+    for _ in range(ROUNDS):
+        start_nodes(now.machines, plan, missing)
+        missing = nodes_up(now.machines, plan, find_ours(now).all_or_raise(), partly=now.whole is not None)
+        if not missing:
+            return
+    raise LockedError(
+        "the idle container does not stay: somebody takes the cluster down, or brings it up by another inventory",
+        where=f"node {next(iter(missing))}",
+        next_step="launcher status, then launcher up",
+    )
 
 
 def told(base: Converged) -> str:

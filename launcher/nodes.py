@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ from cluster.fleet import Machine, each
 from launcher import render
 from launcher.session import Session, choose_machines, idle_container, ours
 
+ROUNDS = 20  # how often `down` looks again, while others bring something up
+
 
 def down(now: Session) -> Mapping[str, tuple[str, ...]]:
-    """Remove every container of ours, a live run in order; their names by node. A lost node holds nothing up."""
+    """Remove every container of ours, a live run in order; their names by node. A lost node holds nothing up.
+
+    It ends when one look finds none anywhere: of an `up` at the same moment nothing stays, or all that comes later.
+    """
 
     def act(machine: Machine) -> tuple[str, ...]:
         machine.transport.open()
@@ -25,12 +31,17 @@ def down(now: Session) -> Mapping[str, tuple[str, ...]]:
             if one.is_live and one.labels.get(LABEL_ROLE) == render.ROLE_RUN:
                 machine.engine.stop(one.id, grace=render.engine_grace(one.labels))
             machine.engine.remove(one.id)
-        left = machine.engine.find(ours(now, machine))
-        if left:
-            raise NodeError(machine.name, f"these do not go: {', '.join(one.name for one in left)}")
         return tuple(one.name for one in found)
 
-    return each(now.machines, act).all_or_raise()
+    gone: dict[str, tuple[str, ...]] = {machine.name: () for machine in now.machines}
+    for number in range(ROUNDS):
+        time.sleep(0.2 if number > 1 else 0)  # the engine is at it, or somebody else
+        found = each(now.machines, act).all_or_raise()
+        if not any(found.values()):
+            return gone
+        gone = {node: tuple(dict.fromkeys((*gone[node], *found[node]))) for node in gone}
+    node, names = next((node, names) for node, names in found.items() if names)
+    raise NodeError(node, f"these do not go: {', '.join(names)}")
 
 
 def run_inside(now: Session, names: tuple[str, ...], argv: tuple[str, ...]) -> Mapping[str, Result]:

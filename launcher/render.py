@@ -233,6 +233,7 @@ def node_container(plan: Plan, node: NodePlan) -> ContainerSpec:
     )
     said = json.dumps([repr(spec), node_files(plan, node)], sort_keys=True)
     spec.labels[LABEL_PLAN] = hashlib.sha256(said.encode()).hexdigest()[:16]
+    spec.labels.update({LABEL_OPERATOR: plan.operator, LABEL_STARTER: plan.starter})  # whoever it is, it is the same
     return spec
 
 

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import io
 import tarfile
+import time
 from collections.abc import Mapping, Sequence
 
 from cluster.command import Result, script
-from cluster.container import LABEL_PLAN, LABEL_ROLE, Container
-from cluster.errors import CommandError, LockedError
+from cluster.container import LABEL_CLUSTER, LABEL_PLAN, LABEL_ROLE, Container, ContainerSpec, ContainerState
+from cluster.errors import CommandError, EngineError, LockedError
 from cluster.fleet import Machine, each
-from launcher import render
+from launcher import operator, render
 from launcher.plan import NodePlan, Plan
 
-# A folder arrives beside its final name and is then renamed: it is never seen half.
+PATIENCE = 10.0  # seconds that another `up` may take from making an idle container to its start
+REMOVAL = 2.0  # seconds that an engine may take to remove a container that has not started
+
+# A run's folder arrives beside its final name and is then renamed: it is never seen half.
 _PUT = """
 set -eu; umask 077
 folder=$1; fresh=$1.fresh.$$; shift
 mkdir -p "$@" "$(dirname "$folder")"
 trap 'rm -rf "$fresh"' EXIT
 mkdir "$fresh"; tar -xf - -C "$fresh"
-rm -rf "$folder.old"; if [ -e "$folder" ]; then mv "$folder" "$folder.old"; fi
-mv "$fresh" "$folder"; rm -rf "$folder.old"
+mv "$fresh" "$folder"
+"""
+# The node's own folder stays, file by file: a container that another `up` has just started holds it.
+_PUT_NODE = """
+set -eu; umask 077
+folder=$1; fresh=$1.fresh.$$; shift
+mkdir -p "$@" "$folder"
+trap 'rm -rf "$fresh"' EXIT
+mkdir "$fresh"; tar -xf - -C "$fresh"
+mv -f "$fresh"/* "$folder"
 """
 
 
@@ -61,21 +73,48 @@ def start_nodes(machines: Sequence[Machine], plan: Plan, missing: Mapping[str, N
     def act(machine: Machine) -> None:
         node = missing[machine.name]
         made = machine.transport.send(
-            script(_PUT, node.host.files, node.host.checkpoints), (_archive(render.node_files(plan, node)),)
+            script(_PUT_NODE, node.host.files, node.host.checkpoints), (_archive(render.node_files(plan, node)),)
         )
         _check(machine.name, made, node.root)
-        spec = render.node_container(plan, node)
-        for stale in machine.engine.find(render.kin(spec)):
-            if stale.is_live and stale.labels.get(LABEL_PLAN) == spec.labels[LABEL_PLAN]:
-                return  # another `up` was faster
-            machine.engine.remove(stale.id)
-        try:
-            machine.engine.start(machine.engine.create(spec))
-        except LockedError as taken:
-            taken.next_step = "another user of this node has a cluster of this name: choose another name"
-            raise
+        _start_idle(machine, render.node_container(plan, node))
 
     each([machine for machine in machines if machine.name in missing], act).all_or_raise()
+
+
+def _start_idle(machine: Machine, spec: ContainerSpec) -> None:
+    """Have the idle container live: of several who want it at the same moment one makes it, the others wait for it."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        waits = time.monotonic() < end
+        for one in machine.engine.find(render.kin(spec)):
+            if one.is_live and one.labels.get(LABEL_PLAN) == spec.labels[LABEL_PLAN]:
+                return
+            if not (waits and one.state is ContainerState.CREATED and not operator.never_starts(one)):
+                machine.engine.remove(one.id)
+        try:
+            container = machine.engine.create(spec)
+        except LockedError as taken:  # it is being made, or somebody else's for good
+            if not waits:
+                taken.next_step = "another user of this node has a cluster of this name: choose another name"
+                raise
+            time.sleep(0.1)
+            continue
+        try:
+            machine.engine.start(container)
+            return
+        except EngineError:
+            if not waits or not is_removed(machine, container):
+                raise
+
+
+def is_removed(machine: Machine, container: str) -> bool:
+    """Whether somebody has removed a container that did not start, or is about to: that takes an engine a moment."""
+    end = time.monotonic() + REMOVAL
+    while any(one.id == container for one in machine.engine.find({LABEL_CLUSTER: ""})):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _archive(files: Mapping[str, str]) -> bytes:

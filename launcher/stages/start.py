@@ -18,12 +18,14 @@ from cluster.container import (
     ContainerSpec,
     ContainerState,
 )
-from cluster.errors import CommandError, LockedError
+from cluster.errors import CommandError, EngineError, LockedError
 from cluster.fleet import Machine, each
 from launcher import operator, render
 from launcher.plan import Plan
+from launcher.stages.prepare import is_removed
 
 SECRETS_COMPLETE = ".complete"  # the agent waits for this file
+LISTED = 5.0  # seconds from the giving away of a container's name to its being listed
 
 
 def refuse_foreign(found: Mapping[str, tuple[Container, ...]]) -> None:
@@ -63,7 +65,16 @@ def start_run(machines: Sequence[Machine], plan: Plan, secrets: Mapping[str, str
 
     def start(machine: Machine) -> str:
         container = made[machine.name]
-        machine.engine.start(container)
+        try:
+            machine.engine.start(container)
+        except EngineError as error:
+            if not is_removed(machine, container):
+                raise
+            raise LockedError(
+                "the run's container was removed before it could start: somebody says launcher down, or stop",
+                where=f"node {machine.name}",
+                next_step="launcher run, when that is done",
+            ) from error
         if plan.job.secrets:
             _hand_over(machine, container, nodes[machine.name].job.secrets, secrets)
         return container
@@ -88,20 +99,26 @@ def undo_run(machines: Sequence[Machine], plan: Plan) -> None:
 
 
 def _create(machine: Machine, spec: ContainerSpec) -> str:
-    """Make the container; what an earlier run left of it makes room, if it has ended or will never start."""
-    try:
-        return machine.engine.create(spec)
-    except LockedError as taken:
-        holders = machine.engine.find(render.kin(spec))
-        stale = [one for one in holders if _is_stale(one)]
-        for one in stale:
-            machine.engine.remove(one.id)
-        if holders and not stale:
-            raise _held(machine.name, holders[0]) from taken
-        if not stale:
-            taken.next_step = "launcher attach to watch the run that holds it, launcher down to remove what was left"
-            raise
-        return machine.engine.create(spec)
+    """Make the container; what an earlier run left of it makes room, if it has ended or will never start.
+
+    An engine gives the name away before it lists the container: who has it is known a moment later.
+    """
+    end = time.monotonic() + LISTED
+    while True:
+        try:
+            return machine.engine.create(spec)
+        except LockedError as taken:
+            holders = machine.engine.find(render.kin(spec))
+            for one in holders:
+                if not _is_stale(one):
+                    raise _held(machine.name, one) from taken
+                machine.engine.remove(one.id)
+            if time.monotonic() > end:
+                taken.next_step = (
+                    "launcher attach to watch the run that holds it, launcher down to remove what was left"
+                )
+                raise
+        time.sleep(0.1)
 
 
 def _is_stale(one: Container) -> bool:

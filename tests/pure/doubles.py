@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from cluster.command import Command, Result
 from cluster.container import Container, ContainerSpec, ContainerState
-from cluster.errors import EngineError, ImageError, LockedError, NodeError, UnreachableError
+from cluster.errors import ClusterError, EngineError, ImageError, LockedError, UnreachableError
 from cluster.layers import Held, Store
 from cluster.transport import Channel, Sink
 
@@ -37,11 +37,11 @@ class Faults:
     """What goes wrong, and when: by the name of the method that is called."""
 
     def __init__(self) -> None:
-        self._due: dict[str, list[NodeError | Callable[[], object]]] = defaultdict(list)
+        self._due: dict[str, list[ClusterError | Callable[[], object]]] = defaultdict(list)
         self._lock = threading.Lock()
         self.calls: list[str] = []
 
-    def at(self, method: str, *what: NodeError | Callable[[], object]) -> None:
+    def at(self, method: str, *what: ClusterError | Callable[[], object]) -> None:
         """The next calls of a method each raise an error, or first do something."""
         self._due[method].extend(what)
 
@@ -55,7 +55,7 @@ class Faults:
         with self._lock:
             self.calls.append(method)
             due = self._due[method].pop(0) if self._due[method] else None
-        if isinstance(due, NodeError):
+        if isinstance(due, ClusterError):
             raise due
         if due is not None:
             due()

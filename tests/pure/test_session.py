@@ -148,6 +148,22 @@ def test_runs_on_disjoint_nodes_stand_side_by_side_and_a_common_node_is_held(tmp
     assert lab.standing() == {"gpu-01": RUN, "gpu-02": RUN, "gpu-03": OTHER, "gpu-04": OTHER}
 
 
+def test_a_name_that_is_given_away_and_not_yet_listed_is_asked_for_again(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    lab.engines["gpu-01"].faults.at("create", *[LockedError("a container of that name is already there")] * 2)
+    lab.start("gpu-01", "gpu-02")
+    assert lab.standing() == {"gpu-01": RUN, "gpu-02": RUN}
+
+
+def test_a_run_whose_container_is_taken_away_before_its_start_says_so(tmp_path: Path) -> None:
+    lab = Lab(tmp_path)
+    one = lab.engines["gpu-01"]
+    one.faults.at("start", lambda: one.remove(one.find({})[0].id))
+    with pytest.raises(LockedError, match="was removed before it could start"):
+        lab.start("gpu-01", "gpu-02")
+    assert lab.standing() == {}
+
+
 def test_of_several_runs_one_must_be_named(tmp_path: Path) -> None:
     lab = Lab(tmp_path)
     lab.start("gpu-02", "gpu-01")
