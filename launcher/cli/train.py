@@ -180,7 +180,14 @@ def _run(
     show = log_view([*dict.fromkeys((*(node.name for node in launch.plan.nodes), *spares))])
     with execute.leaving_on_signals():
         run_id, end = attempts.carry_through(now, launch, policy, prepare=prepare, secrets=secrets, show=show)
-    _finish(now, run_id, end, as_json=as_json)
+    code = [entry.path for entry in launch.snapshot.entries]
+    _finish(now, run_id, end, as_json=as_json, code=code, beside=_beside(launch.plan.job.script))
+
+
+def _beside(script: str = "") -> list[str]:
+    """The modules in the working directory, and those beside a script."""
+    folders = {Path(), Path(script).parent}
+    return [str(path) for folder in folders for path in (*folder.glob("*.py"), *folder.glob("*/__init__.py"))]
 
 
 def _tell(now: Session, launch: Launch) -> None:
@@ -191,8 +198,11 @@ def _tell(now: Session, launch: Launch) -> None:
     now.voice.say(f"run {plan.run}: {plan.world_size} processes on {count} node{'s' * (count != 1)}")
 
 
-def _finish(now: Session, run_id: str, end: Any, *, as_json: bool) -> NoReturn:
-    """Say how the run ended, and leave with the right exit code."""
+def _finish(
+    now: Session, run_id: str, end: Any, *, as_json: bool, code: list[str], beside: list[str] | None = None
+) -> NoReturn:
+    """Say how the run ended, and leave with the right exit code; `code` and `beside` as in `imports.cure`."""
+    from launcher import imports
     from launcher.errors import RunError
     from launcher.state import INTERRUPTED
     from launcher.views import text
@@ -211,7 +221,11 @@ def _finish(now: Session, run_id: str, end: Any, *, as_json: bool) -> NoReturn:
         now.voice.say(f"run {run_id}: {end.cause}; nothing of it is left running")
         raise SystemExit(INTERRUPTED)
     detail = [f"logs: {record.logs}", *([f"stacks: {record.evidence}"] if record.evidence.exists() else [])]
-    raise RunError(end.cause, detail=tuple(detail), next_step=f"launcher logs {run_id}")
+    file = now.memory.inventory()
+    lacks = imports.cure(
+        record.state().ends, now.inventory, code=code, beside=beside or (), file=file.name if file else "cluster.yaml"
+    )
+    raise RunError(end.cause, detail=tuple(detail), next_step=lacks or f"launcher logs {run_id}")
 
 
 def _with(job: Job, **changes: Any) -> Job:
@@ -249,7 +263,7 @@ def attach(cluster: str | None, run_id: str | None, *, as_json: bool) -> None:
     with opened(cluster) as now:
         show = log_view([node.name for node in now.inventory.nodes])
         found, end = execute.attach(now, run_id, show=show)
-        _finish(now, found, end, as_json=as_json)
+        _finish(now, found, end, as_json=as_json, code=_beside())
 
 
 @launcher.command()

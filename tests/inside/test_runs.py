@@ -93,6 +93,7 @@ def test_an_error_of_the_script_is_not_tried_again(user: User) -> None:
     assert said.code == 1
     assert "ModuleNotFoundError: No module named 'transformerz'" in said.first
     assert "not started again: the script itself ended so, and would again" in said.err
+    assert "next: pip install transformerz, in the environment that the launcher is installed in" in said.err
 
 
 def test_f21_a_run_that_nobody_watches_ends_on_both_nodes_and_says_why(user: User, tmp_path: Path) -> None:
