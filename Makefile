@@ -91,6 +91,10 @@ golden: setup ## Write the golden files anew; look at the difference before you 
 image: setup ## Build the image: make image FLAVOUR=cuda|cpu IMAGE_OPTIONS='--wheels wheels'
 	$(LAUNCHER) image build --flavour $(FLAVOUR) $(IMAGE_OPTIONS)
 
+.PHONY: lock
+lock: setup ## Pin all packages of the image anew, from docker/requirements.txt; look at the difference
+	PATH="$$PWD/.venv/bin:$$PATH" $(PY) docker/lock.py
+
 .PHONY: lab
 lab: setup ## Start three nodes (sshd and dockerd each) in containers; prints their inventory
 	@. .ci/site.sh; $(PY) -m tests.testbed.lab up
