@@ -105,9 +105,10 @@ lab-down: setup ## Remove these nodes with all that is on them
 
 # The same recipe as the laboratory's inventory, so that one image serves both.
 .PHONY: smoke
-smoke: setup ## Train a few steps in one container of the CPU image, by plain docker run
+smoke: FLAVOUR = cpu
+smoke: setup ## Train a few steps on CPUs in one container, by plain docker run; FLAVOUR=cuda: in the CUDA image
 	@.ci/machine bash -euo pipefail -c '\
-	    image=$$($(LAUNCHER) image build --flavour cpu \
+	    image=$$($(LAUNCHER) image build --flavour $(FLAVOUR) \
 	        $${LAUNCHER_TEST_WHEELS:+--wheels "$$LAUNCHER_TEST_WHEELS"} \
 	        $${LAUNCHER_TEST_CA_BUNDLE:+--ca-bundle "$$LAUNCHER_TEST_CA_BUNDLE"} \
 	        $${LAUNCHER_TEST_APT_MIRROR:+--apt-mirror "$$LAUNCHER_TEST_APT_MIRROR"} \
