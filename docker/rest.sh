@@ -4,7 +4,8 @@
 set -eu
 if [ "$FLAVOUR" = cuda ]; then
     mkdir -p /opt/venv/share/launcher
-    CUDA_HOME=/opt/venv/cuda python3 /launcher/architectures.py >/opt/venv/share/launcher/architectures.txt
+    DS_ACCELERATOR=cuda CUDA_HOME=/opt/venv/cuda \
+        python3 /launcher/architectures.py >/opt/venv/share/launcher/architectures.txt
     if [ -z "${TOOLKIT:-}" ]; then
         sh /launcher/toolkit.sh remove
     fi
