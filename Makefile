@@ -91,6 +91,10 @@ golden: setup ## Write the golden files anew; look at the difference before you 
 image: setup ## Build the image: make image FLAVOUR=cuda|cpu IMAGE_OPTIONS='--wheels wheels'
 	$(LAUNCHER) image build --flavour $(FLAVOUR) $(IMAGE_OPTIONS)
 
+.PHONY: lock
+lock: setup ## Pin all packages of the image anew, from docker/requirements.txt; look at the difference
+	PATH="$$PWD/.venv/bin:$$PATH" $(PY) docker/lock.py
+
 .PHONY: lab
 lab: setup ## Start three nodes (sshd and dockerd each) in containers; prints their inventory
 	@. .ci/site.sh; $(PY) -m tests.testbed.lab up
@@ -101,9 +105,10 @@ lab-down: setup ## Remove these nodes with all that is on them
 
 # The same recipe as the laboratory's inventory, so that one image serves both.
 .PHONY: smoke
-smoke: setup ## Train a few steps in one container of the CPU image, by plain docker run
+smoke: FLAVOUR = cpu
+smoke: setup ## Train a few steps on CPUs in one container, by plain docker run; FLAVOUR=cuda: in the CUDA image
 	@.ci/machine bash -euo pipefail -c '\
-	    image=$$($(LAUNCHER) image build --flavour cpu \
+	    image=$$($(LAUNCHER) image build --flavour $(FLAVOUR) \
 	        $${LAUNCHER_TEST_WHEELS:+--wheels "$$LAUNCHER_TEST_WHEELS"} \
 	        $${LAUNCHER_TEST_CA_BUNDLE:+--ca-bundle "$$LAUNCHER_TEST_CA_BUNDLE"} \
 	        $${LAUNCHER_TEST_APT_MIRROR:+--apt-mirror "$$LAUNCHER_TEST_APT_MIRROR"} \

@@ -108,6 +108,11 @@ class ImageRecipe(_Model):
         description="The GPU generations that the CUDA operators are compiled for.",
         examples=["8.0;9.0"],
     )
+    toolkit: bool = Field(
+        default=False,
+        description="Keep the compilers in the image, for jobs that compile operators of their own.",
+        examples=[True],
+    )
     build_network: Literal["default", "host"] = Field(
         default="default", description="The network of the build: docker's default, or the host's.", examples=["host"]
     )

@@ -3,6 +3,9 @@
 set -eu
 export DS_ACCELERATOR="$FLAVOUR" DS_ENABLE_NINJA=1
 export CPU_ARCH TORCH_CUDA_ARCH_LIST="$CUDA_ARCHITECTURES"
+if [ "$FLAVOUR" = cuda ]; then
+    export CUDA_HOME=/opt/venv/cuda
+fi
 
 mkdir -p /launcher/bin
 for compiler in gcc g++; do
@@ -20,40 +23,8 @@ done </launcher/ops.txt
 # the CUDA driver, which only a GPU node has, out of ops that never call it.
 export LDFLAGS="-Wl,--no-as-needed -laio -Wl,--as-needed"
 
-if [ "$FLAVOUR" = cuda ]; then
-    # The toolkit comes from PyPI into the folder where torch already keeps the CUDA libraries; what it adds
-    # is taken away again, since only the compiler needs it.
-    names() { python3 -m pip freeze --all | sed -E 's/[ =@].*//' | tr 'A-Z_.' 'a-z--' | sort; }
-    names >/launcher/before.txt
-    python3 -m pip install \
-        "cuda-toolkit[nvcc,cccl,cudart,curand,cublas,cusparse,cusolver,nvrtc,nvtx]==$(python3 -c \
-            'import torch; print(torch.version.cuda)').*"
-    CUDA_HOME="$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13"
-    export CUDA_HOME
-    links="$CUDA_HOME/lib64"
-    ln -sfn lib "$links"
-    for library in "$CUDA_HOME"/lib/lib*.so.*; do
-        plain="${library%%.so.*}.so"
-        if [ ! -e "$plain" ]; then
-            ln -s "${library##*/}" "$plain"
-            links="$links $plain"
-        fi
-    done
-    if [ ! -e "$CUDA_HOME/lib/libcuda.so" ]; then # -lcuda must be found; --as-needed then drops it
-        gcc -shared -Wl,-soname,libcuda.so.1 -o "$CUDA_HOME/lib/libcuda.so" -x c /dev/null
-        links="$links $CUDA_HOME/lib/libcuda.so"
-    fi
-fi
-
-python3 -m pip install --no-build-isolation --no-binary deepspeed \
-    --constraint /launcher/requirements.txt "$(grep '^deepspeed==' /launcher/requirements.txt)"
-
-if [ "$FLAVOUR" = cuda ]; then
-    # shellcheck disable=SC2086  # a list of paths without spaces
-    rm -f $links
-    names | comm -13 /launcher/before.txt - | grep -E '^(cuda|nvidia)-' | grep -v -x nvidia-ml-py |
-        xargs -r python3 -m pip uninstall --yes
-fi
+python3 -m pip install --no-build-isolation --no-binary deepspeed --no-deps --require-hashes \
+    --requirement /launcher/locks/deepspeed.txt
 
 # The builders always say -g: nine tenths of each op are names for a debugger that the image does not have.
 find /opt/venv -path '*/deepspeed/ops/*' -name '*.so' -exec strip --strip-debug {} +

@@ -1,18 +1,23 @@
 #!/bin/sh
-# Installs torch into the environment and refuses a torch of the other flavour.
+# Installs torch into the environment, and refuses a torch of the other flavour.
 set -eu
+locked() { python3 -m pip install --no-deps --require-hashes --requirement "/launcher/locks/$1.txt"; }
+
+locked torch
 case "$FLAVOUR" in
-    cpu | cuda) ;;
+    cuda) locked cuda ;;
+    cpu)
+        # PyPI has no CPU build of torch for Linux: without a wheel at hand ask PyTorch's own index. No lock
+        # holds its hash for the same reason.
+        index=""
+        if [ -z "$(find /launcher/wheels -name 'torch-*+cpu-*.whl')" ]; then
+            index="--extra-index-url $TORCH_CPU_INDEX_URL"
+        fi
+        # shellcheck disable=SC2086  # either nothing or an option and its value
+        python3 -m pip install --no-deps $index "$(grep -o '^torch==[^ ]*' /launcher/locks/cuda.txt)"
+        ;;
     *) echo "FLAVOUR is '$FLAVOUR': it must be cpu or cuda" >&2 && exit 2 ;;
 esac
-
-# PyPI has no CPU build of torch for Linux: without a wheel at hand ask PyTorch's own index.
-index=""
-if [ "$FLAVOUR" = cpu ] && [ -z "$(find /launcher/wheels -name 'torch-*+cpu-*.whl')" ]; then
-    index="--extra-index-url $TORCH_CPU_INDEX_URL"
-fi
-# shellcheck disable=SC2086  # either nothing or an option and its value
-python3 -m pip install $index "$(grep '^torch==' /launcher/requirements.txt)" numpy
 
 python3 - "$FLAVOUR" <<'PYTHON'
 import sys
@@ -26,3 +31,6 @@ if found != sys.argv[1]:
         "give a wheel folder or a pip index that has one"
     )
 PYTHON
+
+# What is in this layer, so that the next one can hold the rest alone (rest.sh).
+sh /launcher/files.sh >/launcher/torch.files

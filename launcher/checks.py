@@ -19,6 +19,8 @@ from launcher.plan import choose_address, node_root, slots_of, stays_here
 LEAST_FREE = 256 * 1024**2
 # What parameter offload pins at DeepSpeed's defaults: 5 buffers of 1e8 elements of 4 bytes.
 LEAST_LOCKED = 2 * 10**9
+# The oldest driver that runs the CUDA 13 of the image's torch (NVIDIA's CUDA release notes, table of drivers).
+LEAST_DRIVER = 580
 SKEW_WARNS, SKEW_REFUSES = 2.0, 300.0
 DOCKER_PORT = 2375  # where dockerd by convention asks nobody who he is
 
@@ -88,9 +90,9 @@ def findings(
 IDS = frozenset(
     (
         *("address", "arch-differs", "checkpoints-on-root", "clock", "disk-full", "docker", "docker-tcp"),
-        *("driver-differs", "gpu-few", "gpu-none", "gpu-stuck", "memlock", "nic", "nvidia-runtime", "nvidia-toolkit"),
-        *("nvme-none", "nvme-on-root", "path-kind", "path-leads-out", "path-missing", "path-read-only", "path-stuck"),
-        *("port-busy", "port-public", "rootless-multinode", "runc"),
+        *("driver-differs", "driver-old", "gpu-arch", "gpu-few", "gpu-none", "gpu-stuck", "memlock", "nic"),
+        *("nvidia-runtime", "nvidia-toolkit", "nvme-none", "nvme-on-root", "path-kind", "path-leads-out"),
+        *("path-missing", "path-read-only", "path-stuck", "port-busy", "port-public", "rootless-multinode", "runc"),
     )
 )
 
@@ -207,6 +209,45 @@ def _gpus(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Findin
             f"{node.slots} slots, and {len(facts.gpus)} GPUs",
             f"set slots: {len(facts.gpus)} for {node.name}",
         )
+    if inventory.engine == "docker" and inventory.image.use is None and facts.gpus:
+        yield from _image_fits(inventory, node, facts)
+
+
+def _image_fits(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:
+    """Whether the image that we build runs on these GPUs, and with their driver."""
+    driver = facts.gpus[0].driver
+    major = driver.partition(".")[0]
+    if major.isdecimal() and int(major) < LEAST_DRIVER:
+        yield _warning(
+            "driver-old",
+            node.name,
+            f"the image's CUDA 13 needs driver {LEAST_DRIVER} or newer, and the node has {driver}",
+            "update the driver, or name an image with an older CUDA under image.use",
+        )
+    compiled = inventory.image.cuda_architectures
+    for capability in sorted({gpu.capability for gpu in facts.gpus}):
+        if not any(_runs(one, capability) for one in compiled.split(";")):
+            version = ".".join(map(str, capability))
+            name = next(gpu.name for gpu in facts.gpus if gpu.capability == capability)
+            yield _error(
+                "gpu-arch",
+                node.name,
+                f"DeepSpeed's CUDA operators are compiled for {compiled}, and {name} is {version}",
+                f'in the inventory: image.cuda_architectures: "{version};{compiled}"',
+            )
+
+
+def _runs(compiled: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this capability runs what was compiled for another, such as `8.0`, `9.0+PTX` or `9.0a`.
+
+    Machine code runs on its own generation from its minor number on, PTX on every later one, and what ends in `a`
+    only where it was made for (CUDA C++ Programming Guide, "Application Compatibility").
+    """
+    number = compiled.removesuffix("+PTX")
+    made_for = tuple(int(part) for part in number.rstrip("af").split("."))
+    if number.endswith("a"):
+        return made_for == capability
+    return made_for <= capability and (made_for[0] == capability[0] or compiled.endswith("+PTX"))
 
 
 def _disks(inventory: Inventory, node: Node, facts: NodeFacts) -> Iterator[Finding]:

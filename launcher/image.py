@@ -22,7 +22,7 @@ DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 FINGERPRINT, PARTS = "launcher.fingerprint", "launcher.parts"  # labels of every image of ours
 
 # In the folder for people and for the machine that starts the build, not for the builder.
-_NOT_SENT = frozenset({"base.sh", ".dockerignore"})
+_NOT_SENT = frozenset({"base.sh", "lock.py", ".dockerignore"})
 _TAIL = 4 << 20
 _FORMAT = "1"  # part of every fingerprint: raise it when the meaning of the context changes
 
@@ -38,6 +38,7 @@ class Recipe:
     wheels: Path | None = None
     apt_mirror: str | None = None
     cuda_architectures: str = DEFAULT_CUDA_ARCHITECTURES
+    toolkit: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,7 @@ def load_context(folder: Path, recipe: Recipe) -> tuple[Entry, ...]:
     pins = read_pins(files["requirements.txt"].read_text(encoding="utf-8"))
     entries = [
         *(make_entry(name, path.read_bytes()) for name, path in files.items()),
+        *(make_entry(f"locks/{path.name}", path.read_bytes()) for path in sorted((folder / "locks").glob("*.txt"))),
         *(make_entry(f"ca/{name}", content) for name, content in read_authorities(recipe.ca_bundle)),
         *load_wheels(recipe.wheels, pins=pins, flavour=recipe.flavour),
     ]
@@ -128,6 +130,8 @@ def build_arguments(recipe: Recipe, *, base: str | None = None) -> dict[str, str
         "APT_MIRROR": mirror_host(recipe.apt_mirror or ""),
         # Architectures of GPUs must not make a CPU image a different one.
         "CUDA_ARCHITECTURES": recipe.cuda_architectures if recipe.flavour == "cuda" else "",
+        "GPUS": "all" if recipe.flavour == "cuda" else "void",
+        "TOOLKIT": "yes" if recipe.toolkit else "",
     }
     return {name: value for name, value in arguments.items() if value}
 

@@ -199,6 +199,7 @@ def image() -> None:
 @click.option("--apt-mirror", metavar="URL", help="A Debian mirror.")
 @click.option("--wheels", type=click.Path(path_type=Path), metavar="FOLDER", help="Wheels that pip prefers.")
 @click.option("--cuda-architectures", metavar="LIST", help="Such as '8.0;9.0'.")
+@click.option("--toolkit", is_flag=True, default=None, help="Keep the compilers in the image.")
 @click.option("--build-network", type=click.Choice(["default", "host"]), help="The network of the build.")
 @click.option("--package", "packages", multiple=True, metavar="REQUIREMENT", help="A Python package besides.")
 @click.option("--requirements", type=click.Path(path_type=Path), metavar="FILE", help="A file of such packages.")

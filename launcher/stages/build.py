@@ -101,6 +101,7 @@ def _recipe(asked: ImageRecipe, flavour: image.Flavour) -> image.Recipe:
         wheels=asked.wheels,
         apt_mirror=asked.apt_mirror,
         cuda_architectures=asked.cuda_architectures,
+        toolkit=asked.toolkit,
     )
 
 

@@ -183,3 +183,17 @@ def test_what_cannot_be_written_with_is_refused_in_one_line(
     assert ran.code == 1
     assert said in ran.text
     assert "Traceback" not in ran.text
+
+
+def test_the_all_reduce_is_right_and_measured_by_size(tmp_path: Path) -> None:
+    ran = run(EXAMPLES / "allreduce.py", "--smallest", "64K", "--largest", "1M", folder=tmp_path, stage=0, processes=3)
+    assert ran.code == 0, ran.text
+    rows = [line.split() for line in ran.text.splitlines() if re.fullmatch(r" +\d+ +[\d.]+ +[\d.]+ +[\d.]+", line)]
+    assert [int(row[0]) for row in rows] == [65536, 262144, 1048576]
+    assert all(float(row[3]) == pytest.approx(float(row[2]) * 4 / 3, abs=2e-3) for row in rows)
+
+
+def test_one_process_alone_has_nothing_to_measure(tmp_path: Path) -> None:
+    ran = run(EXAMPLES / "allreduce.py", folder=tmp_path, stage=0, processes=1)
+    assert ran.code == 1
+    assert "two or more are needed" in ran.text

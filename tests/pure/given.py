@@ -22,7 +22,7 @@ def inventory(*, nodes: int = 3, **fields: Any) -> Inventory:
     return read_inventory(read(text, "cluster.yaml"), home=Path("/home/ada"))
 
 
-def gpu(index: int = 0, *, driver: str = "550.90.07") -> Gpu:
+def gpu(index: int = 0, *, driver: str = "580.95.05") -> Gpu:
     uuid = f"GPU-00000000-0000-0000-0000-{index:012d}"
     return Gpu(index=index, name="NVIDIA H100 80GB HBM3", uuid=uuid, memory=80 * GIB, driver=driver, capability=(9, 0))
 

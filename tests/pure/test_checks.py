@@ -129,6 +129,26 @@ TABLE: dict[str, tuple[Inventory, NodeFacts, tuple[str, str, str, str]]] = {
         facts(gpus=7),
         ("gpu-few", "error", "8 slots, and 7 GPUs", "set slots: 7 for gpu-01"),
     ),
+    "a driver older than the image's CUDA": (
+        ONE,
+        replace(facts(), gpus=(given.gpu(driver="570.86.10"),)),
+        (
+            "driver-old",
+            "warning",
+            "the image's CUDA 13 needs driver 580 or newer, and the node has 570.86.10",
+            "update the driver, or name an image with an older CUDA under image.use",
+        ),
+    ),
+    "a GPU that the image has no code for": (
+        given.inventory(nodes=1, image={"cuda_architectures": "8.0;9.0"}),
+        replace(facts(), gpus=(replace(given.gpu(), name="Tesla V100-SXM2-32GB", capability=(7, 0)),)),
+        (
+            "gpu-arch",
+            "error",
+            "DeepSpeed's CUDA operators are compiled for 8.0;9.0, and Tesla V100-SXM2-32GB is 7.0",
+            'in the inventory: image.cuda_architectures: "7.0;8.0;9.0"',
+        ),
+    ),
     "an NVMe path is missing": (
         DISKS,
         disks(replace(given.disk(given.NVME), exists=False)),
@@ -351,6 +371,24 @@ def test_a_fit_machine_has_no_finding(inventory: Inventory, seen: NodeFacts) -> 
     assert findings(inventory, {"gpu-01": seen}) == ()
 
 
+@pytest.mark.parametrize(
+    ("compiled", "capability", "runs"),
+    [
+        ("8.0", (8, 9), True),
+        ("8.9", (8, 6), False),
+        ("8.0;9.0", (10, 0), False),
+        ("8.0;9.0+PTX", (10, 0), True),
+        ("9.0a", (9, 0), True),
+        ("12.0a", (12, 1), False),
+        ("10.0f", (10, 3), True),
+    ],
+)
+def test_what_a_gpu_runs(compiled: str, capability: tuple[int, int], runs: bool) -> None:
+    inventory = given.inventory(nodes=1, image={"cuda_architectures": compiled})
+    seen = replace(facts(), gpus=(replace(given.gpu(), capability=capability),))
+    assert ([one.id for one in findings(inventory, {"gpu-01": seen})] == []) is runs
+
+
 def found_of(inventory: Inventory, known: dict[str, NodeFacts], **asked: Any) -> list[tuple[str, str, str]]:
     return [(one.id, one.node, one.what) for one in findings(inventory, known, **asked)]
 
@@ -484,11 +522,11 @@ def test_another_driver_is_a_warning() -> None:
     inventory = given.inventory(nodes=3)
     known = given.all_facts(inventory)
     known["gpu-02"] = replace(
-        known["gpu-02"], gpus=(given.gpu(0, driver="560.35.03"), given.gpu(1, driver="550.90.07"))
+        known["gpu-02"], gpus=(given.gpu(0, driver="590.44.01"), given.gpu(1, driver="580.95.05"))
     )
     (found,) = findings(given.inventory(nodes=3), known)
     assert str(found).splitlines() == [
-        "node gpu-02: its NVIDIA driver is 550.90.07, 560.35.03, on gpu-01 it is 550.90.07 [driver-differs]",
+        "node gpu-02: its NVIDIA driver is 580.95.05, 590.44.01, on gpu-01 it is 580.95.05 [driver-differs]",
         "  next: install the same driver on all nodes",
     ]
     assert found.level == "warning"

@@ -7,6 +7,7 @@ import re
 import runpy
 import tarfile
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -43,6 +44,8 @@ def folder(tmp_path: Path) -> Path:
     (made / "Dockerfile").write_text("FROM scratch\n")
     (made / "requirements.txt").write_text("torch==2.13.0\n")
     (made / "base.sh").write_text("not for the builder\n")
+    (made / "locks").mkdir()
+    (made / "locks" / "torch.txt").write_text("numpy==2.4.6\n")
     return made
 
 
@@ -62,7 +65,45 @@ def test_the_image_and_the_local_extra_pin_the_same_versions() -> None:
     extra = re.search(r"^local = \[\n(.*?)^\]", project, re.MULTILINE | re.DOTALL)
     assert extra is not None
     local = read_pins("\n".join(re.findall(r'"([^"]+)"', extra[1])))
-    assert local == {name: version for name, version in pinned.items() if name != "safetensors"}
+    assert local == {name: version for name, version in pinned.items() if name not in {"safetensors", "py-spy"}}
+
+
+class TestLocks:
+    """What pip installs into the image, by docker/locks/."""
+
+    LOCKS = MappingProxyType({path.stem: path.read_text() for path in (ROOT / "docker" / "locks").glob("*.txt")})
+
+    def test_they_hold_what_the_requirements_pin(self) -> None:
+        pinned = read_pins((ROOT / "docker" / "requirements.txt").read_text())
+        locked = {name: version.split()[0] for lock in self.LOCKS.values() for name, version in read_pins(lock).items()}
+        assert {name: locked.get(name) for name in pinned} == pinned
+
+    @pytest.mark.parametrize("name", sorted(LOCKS))
+    def test_every_package_has_hashes(self, name: str) -> None:
+        blocks = re.findall(r"^(\S+==\S+).*\n((?:[ \t]+.*\n)*)", self.LOCKS[name], re.MULTILINE)
+        assert blocks
+        assert [package for package, hashes in blocks if "--hash=sha256:" not in hashes] == []
+        assert len(blocks) == len(re.findall(r"^\S", self.LOCKS[name], re.MULTILINE))
+
+    def test_a_package_stands_in_one_lock(self) -> None:
+        # A package may have two rows there, for two releases of Python.
+        named = [each for lock in self.LOCKS.values() for each in {*re.findall(r"^(\S+)==", lock, re.MULTILINE)}]
+        assert sorted(named) == sorted(set(named))
+
+    def test_the_dockerfile_copies_each(self) -> None:
+        dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
+        assert {name for name in self.LOCKS if f" locks/{name}.txt" in dockerfile} == set(self.LOCKS)
+
+    def test_only_the_cuda_flavour_asks_for_what_gpus_need(self) -> None:
+        for name in ("tools", "torch", "build", "deepspeed", "jobs"):
+            assert re.findall(r"^(?:torch|triton|nvidia|cuda)[-=].*", self.LOCKS[name], re.MULTILINE) == []
+
+
+def test_the_architectures_that_are_asked_for_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docker")  # as a script finds what lies beside it
+    wanted = runpy.run_path(str(ROOT / "docker" / "architectures.py"))["wanted"]
+    assert wanted("8.0;9.0+PTX") == ["sm_80", "sm_90", "compute_90"]
+    assert wanted("10.0 12.0+PTX") == ["sm_100", "sm_120", "compute_120"]
 
 
 def test_the_docker_folder_is_no_package() -> None:
@@ -85,7 +126,7 @@ def test_the_table_of_ops_is_what_the_issue_asks_for() -> None:
 
 def test_every_argument_we_pass_is_declared_in_the_dockerfile() -> None:
     declared = set(re.findall(r"^ARG (\w+)", (ROOT / "docker" / "Dockerfile").read_text(), re.MULTILINE))
-    everything = Recipe(flavour="cuda", base="b", pip_index="i", apt_mirror="m", cuda_architectures="9.0")
+    everything = Recipe(base="b", pip_index="i", apt_mirror="m", cuda_architectures="9.0", toolkit=True)
     assert set(build_arguments(everything)) <= declared
 
 
@@ -93,6 +134,7 @@ def test_only_what_was_chosen_becomes_an_argument() -> None:
     assert build_arguments(CPU, base="launcher/base:bookworm") == {
         "BASE": "launcher/base:bookworm",
         "FLAVOUR": "cpu",
+        "GPUS": "void",
     }
     assert build_arguments(
         Recipe(base="debian:13", pip_index="https://pip.example/simple", apt_mirror="http://apt")
@@ -102,6 +144,7 @@ def test_only_what_was_chosen_becomes_an_argument() -> None:
         "PIP_INDEX_URL": "https://pip.example/simple",
         "APT_MIRROR": "http://apt",
         "CUDA_ARCHITECTURES": "8.0;8.6;8.9;9.0;10.0;12.0+PTX",
+        "GPUS": "all",
     }
 
 
@@ -120,6 +163,7 @@ def test_an_unchanged_recipe_has_the_same_name_and_every_change_another(folder: 
         name_of(folder, Recipe(flavour="cpu", base="debian:13")),
         name_of(folder, Recipe(flavour="cuda")),
         name_of(folder, Recipe(flavour="cuda", cuda_architectures="9.0")),
+        name_of(folder, Recipe(flavour="cuda", toolkit=True)),
     ]
     assert re.fullmatch(r"launcher/cpu:[0-9a-f]{12}", first)
     assert len(set(seen)) == len(seen)
@@ -127,8 +171,10 @@ def test_an_unchanged_recipe_has_the_same_name_and_every_change_another(folder: 
     assert name_of(folder, Recipe(flavour="cpu", cuda_architectures="9.0")) == first
     (wheels / "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl").write_bytes(b"two")
     assert name_of(folder, Recipe(flavour="cpu", wheels=wheels)) not in seen
+    (folder / "locks" / "torch.txt").write_text("numpy==2.4.7\n")
+    assert (locked := name_of(folder, CPU)) not in seen
     (folder / "Dockerfile").write_text("FROM something\n")
-    assert name_of(folder, CPU) not in seen
+    assert name_of(folder, CPU) not in {*seen, locked}
 
 
 def test_the_context_holds_the_folder_the_certificates_and_the_wheels(folder: Path, tmp_path: Path) -> None:
@@ -144,6 +190,7 @@ def test_the_context_holds_the_folder_the_certificates_and_the_wheels(folder: Pa
     assert names(entries) == [
         "Dockerfile",
         "ca/site.crt",
+        "locks/torch.txt",
         "requirements.txt",
         "wheels/torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl",
     ]
@@ -162,6 +209,7 @@ def test_the_tar_is_the_same_everywhere_and_tells_nothing_about_its_maker(folder
         ("ca", True, 0o755, 0, "root", 0),
         ("wheels", True, 0o755, 0, "root", 0),
         ("Dockerfile", False, 0o644, 0, "root", 0),
+        ("locks/torch.txt", False, 0o644, 0, "root", 0),
         ("requirements.txt", False, 0o644, 0, "root", 0),
     ]
 

@@ -31,6 +31,7 @@ def docker_run(image: str, out: Path, *, stage: int, steps: int, processes: int)
         *("--cap-drop=ALL", "--security-opt=no-new-privileges", "--network=none"),
         *("--env=LAUNCHER_BACKEND=gloo", f"--env=LAUNCHER_WORLD_SIZE={processes}", "--env=OMP_NUM_THREADS=1"),
         *("--env=GLOO_SOCKET_IFNAME=lo", "--env=PYTHONUNBUFFERED=1"),
+        "--env=DS_ACCELERATOR=cpu",  # as the CPU image says itself; the CUDA image would insist on a GPU
         "--env=PYTHONWARNINGS=ignore::FutureWarning",  # torch and DeepSpeed disagree about names, four times a step
         *_mount(ROOT / "launcher" / "inside", "/inside"),
         *_mount(ROOT / "examples", "/examples"),
