@@ -58,7 +58,10 @@ def main() -> None:
     # DeepSpeed is installed without isolation, so that it sees this torch: what its build needs comes before it.
     build = ["ninja", "packaging", "psutil", "py-cpuinfo", "pydantic"]
 
-    everything = resolve([*tools, torch, "numpy", *build, *pins])
+    # DeepSpeed asks for this where it finds a torch for CUDA, and the resolver has none.
+    jobs = [*pins, "nvidia-ml-py"]
+
+    everything = resolve([*tools, torch, "numpy", *build, *jobs])
     done: Lock = {}
 
     def step(*wanted: str, decided: Lock = everything) -> Lock:
@@ -73,7 +76,7 @@ def main() -> None:
     needed = step(deepspeed, *build)
     locks["deepspeed"] = {name: needed.pop(name) for name in [*needed] if name == deepspeed}
     locks["build"] = needed
-    locks["jobs"] = step(*pins)
+    locks["jobs"] = step(*jobs)
     release = next(name for name in with_torch if name.startswith("cuda-toolkit==")).partition("==")[2]
     locks["toolkit"] = step(f"cuda-toolkit[{','.join(TOOLKIT)}]=={release}", CUOBJDUMP)
 
