@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +37,23 @@ class Converged:
         return self.built or bool(self.shipped) or bool(self.started)
 
 
-def up(now: Session, *, ignored: tuple[str, ...] = (), dry_run: bool = False) -> tuple[Converged, tuple[str, ...]]:
-    """Converge the machines; gives back what was done, or with `dry_run` what would be."""
+def up(
+    now: Session,
+    *,
+    ignored: tuple[str, ...] = (),
+    dry_run: bool = False,
+    check: Callable[[Plan], None] | None = None,
+) -> tuple[Converged, tuple[str, ...]]:
+    """Converge the machines; gives back what was done, or with `dry_run` what would be.
+
+    `check` is shown the plan as `dry_run` would give it, before anything is done; it may refuse it.
+    """
     tag = image_tag(now.inventory)
     seen = look(now, tag=tag, keep=not dry_run)
     for finding in checks.judge(checks.findings(now.inventory, seen.facts), ignored=ignored):
         now.voice.warn(finding)
+    if check is not None:
+        check(converge(now, seen, tag=tag, job=Job(script=""), dry_run=True)[0].plan)
     return converge(now, seen, tag=tag, job=Job(script=""), dry_run=dry_run)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ from launcher.cli.options import (
 
 if TYPE_CHECKING:
     from cluster.inventory import Inventory
+    from launcher.plan import Plan
     from launcher.record import ClusterMemory
 
 
@@ -94,9 +97,24 @@ def _agreed(question: str) -> bool:
 @click.argument("cluster", required=False, envvar="LAUNCHER_CLUSTER", metavar="[CLUSTER]")
 @click.option("--engine", type=click.Choice(["docker", "process"]), help="In place of the inventory's engine.")
 @click.option("--dry-run", is_flag=True, help="Print the whole plan; change nothing.")
+@click.option(
+    "--plan",
+    "planned",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Do only what this plan says, as --dry-run --json gave it; refuse if anything has changed since.",
+)
 @ignore_option
 @json_option
-def up(cluster: str | None, engine: str | None, ignore: tuple[str, ...], *, dry_run: bool, as_json: bool) -> None:
+def up(
+    cluster: str | None,
+    engine: str | None,
+    planned: Path | None,
+    ignore: tuple[str, ...],
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Bring the machines up: image, directories, configuration, one idle container each.
 
     May be run at any time; does only what is missing.
@@ -105,16 +123,21 @@ def up(cluster: str | None, engine: str | None, ignore: tuple[str, ...], *, dry_
     launcher up cluster.yaml
     launcher up examples/local.yaml       this machine alone, without SSH and Docker
     launcher up --dry-run cluster.yaml
+    launcher up --dry-run --json > plan.json && launcher up --plan plan.json
     """
+    from cluster.document import load_text
     from launcher import converge
     from launcher.views import text
 
+    check: Callable[[Plan], None] | None = None
+    if planned is not None:
+        check = functools.partial(text.check_promise, load_text(planned), name=str(planned))
     with opened(cluster, engine=engine, keep=not dry_run) as now:
-        done, todo = converge.up(now, ignored=ignore, dry_run=dry_run)
+        done, todo = converge.up(now, ignored=ignore, dry_run=dry_run, check=check)
         if not dry_run:
             memory().make_current(now.inventory.name)
     if as_json:
-        show_json({**text.effective(done.plan), "todo": todo, "done": converge.told(done)})
+        show_json({**text.promise(done.plan), "todo": todo, "done": converge.told(done)})
     elif dry_run:
         click.echo(text.plan_text(done.plan, todo))
     else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cluster.command import describe
-from cluster.container import LABEL_ROLE, LABEL_RUN, Container
+from cluster.container import LABEL_PLAN, LABEL_ROLE, LABEL_RUN, Container
+from cluster.errors import InputError
 from launcher import render, zero
 from launcher.lints import Lint
 from launcher.plan import NodePlan, Plan
@@ -81,6 +83,42 @@ def effective(plan: Plan) -> dict[str, Any]:
             for node in plan.nodes
         },
     }
+
+
+def promise(plan: Plan) -> dict[str, Any]:
+    """What a saved plan of `up` holds the machines to: the same, and what every idle container is made of."""
+    containers = {node.name: render.node_container(plan, node).labels[LABEL_PLAN] for node in plan.nodes}
+    return {**effective(plan), "containers": containers}
+
+
+def check_promise(saved: str, plan: Plan, *, name: str) -> None:
+    """`InputError` where a saved plan is none, or promised something else than this plan, with all that differs."""
+    try:
+        said = json.loads(saved)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict) or "containers" not in said:
+        raise InputError("this is no saved plan", where=name, next_step="save one by launcher up --dry-run --json")
+    promised = dict(_leaves({key: value for key, value in said.items() if key not in ("todo", "done")}))
+    found = dict(_leaves(json.loads(json.dumps(promise(plan)))))
+    differing = [key for key in {**promised, **found} if promised.get(key) != found.get(key)]
+    if differing:
+        lines = [f"{key}: was {promised.get(key, 'not there')}, is {found.get(key, 'not there')}" for key in differing]
+        raise InputError(
+            "this is not what would be done now; nothing was changed",
+            where=name,
+            detail=tuple(lines),
+            next_step="look at launcher up --dry-run, and save it again with --json",
+        )
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every value at its place, such as nodes.gpu-01.slots; a list or block that holds nothing is one, too."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, below in items:
+        yield from _leaves(below, f"{path}.{key}" if path else str(key))
+    if not items:
+        yield path, json.dumps(value, ensure_ascii=False)
 
 
 def lints_text(lints: Sequence[Lint]) -> str:

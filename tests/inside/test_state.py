@@ -105,6 +105,24 @@ def test_f45_on_a_full_disk_no_run_starts_and_one_under_way_goes_on(user: User, 
     assert (later.code, later.out.count("at its end")) == (0, 1), later.err
 
 
+def test_s27_what_was_planned_is_done_or_refused_with_what_has_changed(user: User) -> None:
+    planned = user.launcher("up", "--dry-run", "--json")
+    assert planned.code == 0, planned.err
+    (user.home / "plan.json").write_text(planned.out)
+    whole = user.inventory.read_text()
+    user.inventory.write_text(whole.replace("slots: 1", "slots: 2"))
+    refused = user.launcher("up", "--plan", "plan.json")
+    assert refused.code == 2
+    assert refused.first == "error: plan.json: this is not what would be done now; nothing was changed"
+    assert "  nodes.one.slots: was 1, is 2\n" in refused.err
+    assert not (user.home.parent / "nodes").exists()
+    user.inventory.write_text(whole)
+    done = user.launcher("up", "--plan", "plan.json")
+    assert (done.code, "started one" in done.err) == (0, True), done.err
+    again = user.launcher("up", "--plan", "plan.json")
+    assert (again.code, "nothing to do" in again.err) == (0, True), again.err
+
+
 def test_f49_an_owner_that_comes_back_after_its_run_was_taken_over_touches_nothing(user: User) -> None:
     running = user.begin("run", "--port", "auto", "job.py")
     eventually(lambda: user.heard(b"at work") > 0, "work", seconds=240)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import signal
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -202,6 +204,27 @@ def test_f35_a_fifth_of_all_packets_lost_ends_nothing(lab: testbed.Lab, user: Us
         assert ends([machine.name for machine in lab.machines]) == {}
     assert user.launcher("stop").code == 0
     note("a fifth of all packets is lost", "nothing: it goes on", 3.0 * GRACE)
+
+
+def test_f49_an_owner_that_comes_back_after_its_run_was_taken_over_touches_nothing(
+    lab: testbed.Lab, user: User, stranger: User, note: Note
+) -> None:
+    running = user.begin("run", "jobs/apart.py")
+    eventually(lambda: user.heard(b" ready\n") == 6, "all six processes", seconds=300)
+    os.kill(running.pid, signal.SIGSTOP)
+    assert stranger.launcher("stop").code == 0
+    detach(lab, stranger, "jobs/apart.py")
+    theirs = [containers(machine.name, role="run") for machine in lab.machines]
+    begun = time.time()
+    os.kill(running.pid, signal.SIGCONT)
+    os.kill(running.pid, signal.SIGINT)
+    said = user.end(running)
+    assert (said.code, "Traceback" in said.err) == (130, False), said.err
+    taken = time.time() - begun
+    assert [containers(machine.name, role="run") for machine in lab.machines] == theirs
+    assert ends([machine.name for machine in lab.machines]) == {}
+    assert stranger.launcher("stop").code == 0
+    note("an owner stands still, its run is taken over, it goes on", "nothing of the new run is touched", taken)
 
 
 def test_a_killed_rank_is_started_again_and_the_script_goes_on(lab: testbed.Lab, user: User) -> None:

@@ -14,7 +14,8 @@ import tempfile
 
 import pytest
 
-from tests.lab.conftest import ROOT, User, containers, eventually, make_user
+from tests.lab.conftest import ROOT, Note, User, containers, eventually, make_user
+from tests.lab.secrecy import check_that_a_secret_is_nowhere
 from tests.testbed import lab as testbed
 
 STEP = re.compile(r"\| step (\d+) loss ([0-9.]+)")
@@ -169,20 +170,15 @@ def test_arguments_reach_the_job_byte_for_byte(user: User) -> None:
     assert all(report["uid"] == 1000 and report["cwd"] == "/launcher/code" for report in reports)
 
 
-def test_a_secret_reaches_the_job_and_nothing_else(lab: testbed.Lab, user: User) -> None:
-    canary = "s3cr3t-canary-0f9a8b7c"
-    said = user.launcher("run", "--secret", "CANARY", "jobs/report.py", environment={"CANARY": canary})
-    assert said.code == 0, said.err
-    reports = [json.loads(line) for line in re.findall(r"\| (\{.*\})$", said.out, re.M)]
-    assert [report["secret_length"] for report in reports] == [len(canary)] * 6
-    assert not any(report["environ"] for report in reports)
-    assert canary not in said.out + said.err
-    for path in (user.home / ".state").rglob("*"):
-        assert not path.is_file() or canary.encode() not in path.read_bytes(), path
-    for machine in lab.machines:
-        places = "/home/ml/.launcher /var/lib/docker/containers /tmp /run/docker /mnt/checkpoints"
-        found = testbed.run(machine.name, "sh", "-c", f"grep -rl {canary} {places} 2>/dev/null", check=False)
-        assert found.strip() == ""
+def test_a_secret_reaches_the_job_and_nothing_else(lab: testbed.Lab, user: User, note: Note) -> None:
+    check_that_a_secret_is_nowhere(
+        user,
+        cluster=lab.prefix,
+        processes=6,
+        nodes=[machine.name for machine in lab.machines],
+        checkpoints="/mnt/checkpoints",
+        note=note,
+    )
 
 
 def test_a_detached_run_is_seen_and_watched_from_another_directory(

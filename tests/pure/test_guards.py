@@ -193,7 +193,7 @@ TAG = "--tag/--step"
 COMMANDS = {
     "init": ("HOSTS", "-o/--output", "--name", "-i/--identity-file", "--yes"),
     "trust": ("CLUSTER", "--yes", "--replace"),
-    "up": ("CLUSTER", "--engine", "--dry-run", "--ignore", JSON),
+    "up": ("CLUSTER", "--engine", "--dry-run", "--plan", "--ignore", JSON),
     "plan": (CLUSTER, *JOB, *MODEL, "--gpu-memory", "--gpus", "--nodes", "--host-memory", "--nvme", JSON),
     "run": (
         *(CLUSTER, *JOB, *MODEL, "--nodes", "--engine", "--port", "--secret", "--secrets-file", "--snapshot-limit"),

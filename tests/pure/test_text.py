@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from cluster.container import LABEL_ROLE, LABEL_RUN, Container, ContainerState
+from cluster.errors import InputError
 from launcher.job import Job, Settings
 from launcher.lints import Lint
 from launcher.plan import Plan, make_plan
@@ -19,8 +21,8 @@ JOB = Job(script="train.py", args=("--name", "it's"), settings=Settings(stage=2)
 CONFIG = Job(script="train.py", config='{"zero_optimization": {"stage": 3}}')
 
 
-def plan_of(job: Job, *, run: str = "run-1") -> Plan:
-    inventory = given.inventory(nodes=2)
+def plan_of(job: Job, *, run: str = "run-1", **fields: Any) -> Plan:
+    inventory = given.inventory(nodes=2, **fields)
     return make_plan(inventory, job, given.all_facts(inventory), image="sha256:feed", run_id=run, code="c0de")
 
 
@@ -118,6 +120,40 @@ def test_without_a_run_the_idle_container_is_shown_and_no_launch() -> None:
 def test_an_unknown_interface_is_called_so() -> None:
     plan = plan_of(JOB)
     assert "10.0.0.11 (interface unknown)" in text.node_text(plan, replace(plan.nodes[0], nic=""))
+
+
+def test_s27_a_plan_holds_as_long_as_nothing_of_it_has_changed() -> None:
+    plan = plan_of(Job(script=""), run="")
+    saved = json.dumps({**text.promise(plan), "todo": ["build the image"], "done": "nothing to do"}, indent=2)
+    text.check_promise(saved, plan, name="plan.json")
+    first, second = plan.nodes
+    for changed, told in (
+        (replace(plan, image="sha256:dead"), 'image: was "sha256:feed", is "sha256:dead"'),
+        (replace(plan, port=29501), 'master: was "10.0.0.11:29500", is "10.0.0.11:29501"'),
+        (replace(plan, nodes=(first, replace(second, slots=4))), "nodes.gpu-02.slots: was 8, is 4"),
+        (replace(plan, nodes=(first,)), "nodes.gpu-02.rank: was 1, is not there"),
+    ):
+        with pytest.raises(InputError) as refused:
+            text.check_promise(saved, changed, name="plan.json")
+        head, *lines = str(refused.value).splitlines()
+        assert head == "plan.json: this is not what would be done now; nothing was changed"
+        assert f"  {told}" in lines
+
+
+def test_s27_what_only_the_container_knows_of_counts_too() -> None:
+    before, after = (plan_of(Job(script=""), run="", container={"shm_size": size}) for size in ("1g", "2g"))
+    with pytest.raises(InputError) as refused:
+        text.check_promise(json.dumps(text.promise(before)), after, name="plan.json")
+    assert [line.partition(":")[0].strip() for line in str(refused.value).splitlines()[1:-1]] == [
+        "containers.gpu-01",
+        "containers.gpu-02",
+    ]
+
+
+@pytest.mark.parametrize("saved", ["", "{", "[]", "1", "{}", '{"nodes": {}}', "[" * 100_000])
+def test_s27_what_is_no_saved_plan_is_refused(saved: str) -> None:
+    with pytest.raises(InputError, match=r"plan.json: this is no saved plan"):
+        text.check_promise(saved, plan_of(Job(script=""), run=""), name="plan.json")
 
 
 def test_the_effective_configuration_is_data_by_node() -> None:
