@@ -193,7 +193,6 @@ def follow(
     ]
     record.emit(StageBegan(time=time.time(), stage="watch"))
     end = watch(parts, emit=record.emit, show=show, own=own, clear=True)
-    record.emit(end)
     _keep_evidence(parts, record)
     nodes = {node.name: node for node in plan.nodes}
     # Whoever does not answer is tidied after another run.
@@ -461,7 +460,6 @@ def _follow_found(
     detached = any(LABEL_DETACHED in one.labels for one in containers.values())
     lost = {node: end for node, end in record.state().ends.items() if end.lost and node not in containers}
     end = watch(parts, emit=record.emit, show=show, own=own, clear=own or detached, lost=lost)
-    record.emit(end)
     _keep_evidence(parts, record)
     return end
 
