@@ -12,7 +12,10 @@ if [ "$FLAVOUR" = cuda ]; then
 fi
 python3 -m pip check
 
+# An engine keeps whole seconds of the times in a layer.
+seconds() { sed -E 's/\.[0-9]+\t([^\t]*)$/\t\1/'; }
+seconds </launcher/torch.files >/launcher/torch.seconds
 mkdir /opt/rest
-sh /launcher/files.sh | LC_ALL=C comm -13 /launcher/torch.files - | cut -f 1 |
+sh /launcher/files.sh | seconds | LC_ALL=C comm -13 /launcher/torch.seconds - | cut -f 1 |
     tar --create --directory /opt/venv --no-recursion --verbatim-files-from --files-from - |
     tar --extract --directory /opt/rest

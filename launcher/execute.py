@@ -206,7 +206,6 @@ def follow(
     emit = _emitting(now, record)
     emit(StageBegan(time=time.time(), stage="watch"))
     end = watch(parts, emit=emit, show=show, own=own, clear=True)
-    emit(end)
     _keep_evidence(parts, record)
     nodes = {node.name: node for node in plan.nodes}
     # Whoever does not answer is tidied after another run.
@@ -475,7 +474,6 @@ def _follow_found(
     lost = {node: end for node, end in record.state().ends.items() if end.lost and node not in containers}
     emit = _emitting(now, record)
     end = watch(parts, emit=emit, show=show, own=own, clear=own or detached, lost=lost)
-    emit(end)
     _keep_evidence(parts, record)
     return end
 

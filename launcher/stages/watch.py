@@ -106,9 +106,11 @@ def watch(
                 stopping = True
                 _stop(parts, ends, now=False)
             emit(arrived)
+    end = _verdict({**(lost or {}), **ends}, interrupted=by_user, now=clock())
+    emit(end)  # first: who is killed in between leaves a run whose end is known, not one of which nothing is left
     if clear:
         _clear(parts)
-    return _verdict({**(lost or {}), **ends}, interrupted=by_user, now=clock())
+    return end
 
 
 @contextmanager

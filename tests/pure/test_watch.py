@@ -272,6 +272,12 @@ class TestSilence:
         nodes.engines[0].faults.at("wait", EngineError("gpu-1", "Docker broke off"))
         assert nodes.watch().cause == "node gpu-1, rank 0: exit 3"
 
+    def test_the_end_is_written_down_before_the_containers_go(self, tmp_path: Path) -> None:
+        nodes = Nodes(tmp_path, GOOD)
+        seen: list[Event] = []
+        nodes.engines[0].faults.at("remove", lambda: seen.extend(nodes.events))
+        assert nodes.watch() == seen[-1]
+
     @pytest.mark.parametrize("torn", [b"", b'{"code": 0, "fail', b"{}"])
     def test_a_torn_file_is_no_success(self, tmp_path: Path, torn: bytes) -> None:
         nodes = Nodes(tmp_path, WORK)
