@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,15 +20,17 @@ from cluster.fleet import Machine
 from cluster.local import LocalTransport
 from cluster.ssh import SshTransport
 from launcher.stages.relay import Road
-from tests.loopback.conftest import Site
 from tests.loopback.images import docker
 from tests.loopback.sshd import Sshd, running_sshd
+
+if TYPE_CHECKING:
+    from tests.loopback.conftest import Site
 
 
 class Dockerd:
     """A second Docker engine: its own data, socket and containerd; no network, no iptables."""
 
-    def __init__(self, folder: Path, *, driver: str = "vfs") -> None:
+    def __init__(self, folder: Path, *, driver: str | None = "vfs") -> None:
         self.folder = folder
         self._driver = driver
         self.socket = folder / "docker.sock"
@@ -40,7 +43,8 @@ class Dockerd:
             pytest.skip("there is no dockerd here: apt install docker.io")
         # In a network of its own: at its start an engine without a bridge removes the docker0 of the one beside it.
         line = ["unshare", "--net", program, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
-        line += ["--pidfile", f"{self.folder}/pid", "-H", f"unix://{self.socket}", "--storage-driver", self._driver]
+        line += ["--pidfile", f"{self.folder}/pid", "-H", f"unix://{self.socket}"]
+        line += ["--storage-driver", self._driver] if self._driver else []  # else the best that it can have
         line += ["--bridge", "none", "--iptables=false", "--ip-masq=false"]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(line, stdout=log, stderr=log)
