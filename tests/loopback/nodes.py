@@ -92,9 +92,10 @@ class Dockerd:
         self._unmount()
 
     def _unmount(self) -> None:
-        """An engine mounts its data on themselves, and leaves that behind when it is killed."""
-        while subprocess.run(["umount", f"{self.folder}/data"], capture_output=True, check=False).returncode == 0:
-            pass
+        """An engine leaves mounts behind: its data on themselves when it is killed, the network of its containers."""
+        for path in (self.folder / "data", *(self.folder / "exec" / "netns").glob("*")):
+            while subprocess.run(["umount", str(path)], capture_output=True, check=False).returncode == 0:
+                pass
 
 
 class HereButThere(LocalTransport):
