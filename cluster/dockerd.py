@@ -36,6 +36,8 @@ _URL = "http://docker.invalid"
 _CHUNK = 1024**2
 # The oldest API that has everything we use (Docker 19.03, podman 3); the real version is agreed on at first use.
 _API = "1.40"
+# Architectures as podman and macOS call them, by what `uname -m` says on Linux.
+UNAME = {"amd64": "x86_64", "arm64": "aarch64"}
 # Seconds in which an engine takes in not even one chunk of an archive: it hangs.
 _STALLED = 300.0
 # How many of a step's last lines are told when it fails.
@@ -117,6 +119,12 @@ class DockerEngine:
     def version(self) -> str:
         with self._translated("version"):
             return str(self._client.version()["Version"])
+
+    def architecture(self) -> str:
+        """What the engine's machine is, as `uname -m` calls it."""
+        with self._translated("info"):
+            said = str(self._client.info().get("Architecture") or "")
+        return UNAME.get(said, said)
 
     # Images
 

@@ -51,6 +51,7 @@ from cluster.document import Document, Place, load
 Engine = Literal["docker", "process"]
 Accelerator = Literal["cuda", "cpu"]
 _MOST_PACKAGES = 500
+HERE = "here"  # in place of a node's name: the machine that the launcher runs on
 NEXT_STEP = "configs/cluster.yaml explains every key"
 
 # --- the models: their descriptions are the schema that editors show -------------------------------------------------
@@ -115,6 +116,12 @@ class ImageRecipe(_Model):
     )
     build_network: Literal["default", "host"] = Field(
         default="default", description="The network of the build: docker's default, or the host's.", examples=["host"]
+    )
+    build_on: Name | None = Field(
+        default=None,
+        description="The node whose engine builds the image, or 'here'. Default: this machine, or the first node where "
+        "this one has no Docker engine or another architecture.",
+        examples=["gpu-01"],
     )
     packages: Annotated[tuple[Requirement, ...], Field(max_length=_MOST_PACKAGES)] = Field(
         default=(),
@@ -354,6 +361,8 @@ def _conflicts(inventory: Inventory) -> Iterator[Problem]:
     yield from _at("host", repeated(hosts, "the machine"))
     addresses = [node.address if far else None for node, far in zip(nodes, distant, strict=True)]
     yield from _at("address", repeated(addresses, "the address"))
+    if inventory.image.build_on not in (None, HERE, *(node.name for node in nodes)):
+        yield ("image", "build_on"), f"{shown(inventory.image.build_on or '')} is none of the nodes, nor '{HERE}'"
     yield from _spare_conflicts(inventory)
     for index, node in enumerate(nodes):
         for place, what in _node_conflicts(inventory, node):

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.engine import Engine
 from cluster.errors import ImageError, InputError, LockedError, NodeError
 from cluster.facts import NodeFacts
-from cluster.inventory import Inventory
-from launcher import checks, operator, zero
+from cluster.fleet import Machine
+from cluster.inventory import HERE, Inventory
+from launcher import checks, image, operator, zero
 from launcher.errors import PlanError
 from launcher.job import Job
 from launcher.plan import NodePlan, Plan, choose_address, make_plan, node_root, stays_here
-from launcher.session import Seen, Session, Voice, find_ours, look, showing
+from launcher.session import Seen, Session, Voice, choose_machines, find_ours, look, showing
 from launcher.stages.prepare import nodes_up, start_nodes
 from launcher.stages.relay import Road
 from launcher.stages.ship import lacking, ship_image
+
+if TYPE_CHECKING:
+    from cluster.dockerd import DockerEngine
+    from launcher.stages.build import Recipe
 
 ROUNDS = 3  # how often `up` puts back what somebody takes away meanwhile
 
@@ -61,7 +68,10 @@ def converge(
     now: Session, seen: Seen, *, tag: str, job: Job, dry_run: bool = False
 ) -> tuple[Converged, tuple[str, ...]]:
     """Image, directories, configurations, node containers: only what is missing."""
-    digest, built, todo = _have_image(now, seen, tag=tag, dry_run=dry_run)
+    have = _have_image(now, seen, tag=tag, dry_run=dry_run)
+    digest, todo = have.digest, have.todo
+    if digest and have.on:  # from there it goes to the others
+        seen = replace(seen, digests={**seen.digests, have.on: digest})
     missing_image = lacking(seen.digests, digest) if digest else tuple(seen.digests)
     shipped: Mapping[str, int] = {}
     if missing_image and dry_run:
@@ -81,7 +91,7 @@ def converge(
         todo += tuple(f"write the configuration and start the container of {node}" for node in missing)
     elif missing:
         _start_missing(now, plan, missing)
-    return Converged(plan=plan, built=built, shipped=shipped, started=tuple(missing)), todo
+    return Converged(plan=plan, built=have.built, shipped=shipped, started=tuple(missing)), todo
 
 
 def _start_missing(now: Session, plan: Plan, missing: Mapping[str, NodePlan]) -> None:
@@ -131,53 +141,98 @@ def image_tags(inventory: Inventory) -> tuple[str, ...]:
     return read_recipe(inventory.image, inventory.flavour).tags
 
 
-def _have_image(now: Session, seen: Seen, *, tag: str, dry_run: bool) -> tuple[str | None, bool, tuple[str, ...]]:
-    """The digest that all nodes shall have, building it where that is needed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Had:
+    """The digest that all nodes shall have (none in a dry run), and the node where it has just come about."""
+
+    digest: str | None
+    on: str | None = None
+    built: bool = False
+    todo: tuple[str, ...] = ()
+
+
+def _have_image(now: Session, seen: Seen, *, tag: str, dry_run: bool) -> _Had:
+    """Find the image, or build it where that is needed: here, or on a node."""
     digests = set(seen.digests.values())
     if len(digests) == 1 and None not in digests:
-        return digests.pop(), False, ()
+        return _Had(digest=digests.pop())
+    held = digests - {None}
+    theirs = {node.name: seen.facts[node.name].system.arch for node in now.inventory.nodes}
+    with _engine_here() as here:
+        try:
+            ours, silent = here.architecture(), None
+        except NodeError as error:
+            ours, silent = None, error
+        name, why = image.choose_builder(now.inventory.image.build_on, here=ours, nodes=theirs)
+        if ours and (name == HERE or ours in theirs.values()) and (digest := here.image_id(tag)):
+            return _Had(digest=digest)
+        if len(held) == 1:
+            return _Had(digest=held.pop())
+        if name == HERE and silent:
+            raise silent
+        machine = None if name == HERE else _builder(now, name, chosen=bool(why))
+        return _make_image(now, machine, here, tag=tag, why=why, dry_run=dry_run)
+
+
+def _make_image(
+    now: Session, machine: Machine | None, here: DockerEngine, *, tag: str, why: str, dry_run: bool
+) -> _Had:
+    """Build the image, or pull a ready one, on a node or here."""
+    from launcher.stages.build import read_recipe
+
+    asked, on = now.inventory.image, machine.name if machine else None
+    verb, at = "pull" if asked.use else "build", f" on {on}" if on else ""
+    if dry_run:
+        return _Had(digest=None, built=True, todo=(f"{verb} the image {tag}{at}",))
+    now.voice.say(f"{verb}ing {tag}{at}{f': {why}' if why else ''}")
+    engine = _hand(machine) if machine else here
+    if not asked.use:
+        digest, built = _build(engine, read_recipe(asked, now.inventory.flavour), now.voice)
+        return _Had(digest=digest, on=on, built=built)
+    if engine.pull(tag):
+        return _Had(digest=engine.image_id(tag), on=on)
+    raise ImageError(
+        engine.node, f"the image {tag} is not there and cannot be pulled", next_step=f"docker load or pull {tag}"
+    )
+
+
+def _builder(now: Session, name: str, *, chosen: bool) -> Machine:
+    """The machine of this name; where nobody has named it, rather one that has the image below."""
+    if chosen:
+        under = image_tags(now.inventory)[1:]
+        having = (machine for machine in now.machines if any(_has(machine.engine, one) for one in under))
+        if machine := next(having, None):
+            return machine
+    return choose_machines(now.whole or now, (name,))[0]
+
+
+def _hand(machine: Machine) -> DockerEngine:
+    from cluster.dockerd import DockerEngine
+
+    if not isinstance(machine.engine, DockerEngine):
+        raise InputError(f"{machine.name} runs jobs without Docker: no image can be built there")
+    return machine.engine
+
+
+@contextmanager
+def _engine_here() -> Iterator[DockerEngine]:
     from cluster.dockerd import DockerEngine
     from cluster.local import LocalTransport
-    from launcher.stages.build import build_image, read_recipe
 
-    here = DockerEngine(LocalTransport("this machine"))
+    engine = DockerEngine(LocalTransport("this machine"))
     try:
-        try:
-            present = here.image_id(tag)
-        except NodeError:
-            present = None
-            if None not in digests or len(digests - {None}) != 1:
-                raise
-        if present:
-            return present, False, ()
-        held = digests - {None}
-        if len(held) == 1:
-            return held.pop(), False, ()
-        if dry_run:
-            return None, True, (f"{'pull' if now.inventory.image.use else 'build'} the image {tag}",)
-        if now.inventory.image.use:
-            if here.pull(tag):
-                return here.image_id(tag), False, ()
-            raise ImageError(
-                here.node, f"the image {tag} is not there and cannot be pulled", next_step=f"docker load or pull {tag}"
-            )
-        now.voice.say(f"building {tag}")
-        recipe = read_recipe(now.inventory.image, now.inventory.flavour)
-        with showing(now.voice):
-            return build_image(here, recipe, now.voice.building), True, ()
+        yield engine
     finally:
-        here.close()
+        engine.close()
 
 
 def ship(now: Session, seen: Seen, *, tag: str, digest: str, to: Sequence[str]) -> Mapping[str, int]:
     """Send an image from this machine if it has the digest, else from a node that has it; bytes by node."""
-    from cluster.dockerd import DockerEngine
-    from cluster.local import LocalTransport
     from cluster.shelf import Shelf
 
-    here = DockerEngine(LocalTransport("this machine"))
-    holder = next((machine for machine in now.machines if seen.digests[machine.name] == digest), None)
-    try:
+    everyone = (now.whole or now).machines
+    holder = next((machine for machine in everyone if seen.digests.get(machine.name) == digest), None)
+    with _engine_here() as here:
         if holder is None or _has(here, digest):
             holder = None
         targets = [machine for machine in now.machines if machine.name in to]
@@ -197,8 +252,6 @@ def ship(now: Session, seen: Seen, *, tag: str, digest: str, to: Sequence[str]) 
                 shelf=Shelf(now.memory.shelf),
                 roads=roads(now.inventory, seen.facts),
             )
-    finally:
-        here.close()
 
 
 def roads(inventory: Inventory, facts: Mapping[str, NodeFacts]) -> dict[str, Road]:
@@ -223,28 +276,39 @@ def _has(engine: Engine, digest: str) -> bool:
 
 def build_here(asked: Mapping[str, object], *, flavour: str, voice: Voice) -> tuple[str, str, bool]:
     """Build the image on this machine; its tag, its digest, and whether anything had to be built."""
+    recipe = _read_options(asked, flavour)
+    with _engine_here() as here:
+        return (recipe.tag, *_build(here, recipe, voice))
+
+
+def build_there(now: Session, node: str, asked: Mapping[str, object], *, flavour: str) -> tuple[str, str, bool]:
+    """The same on a node."""
+    recipe = _read_options(asked, flavour)
+    return (recipe.tag, *_build(_hand(choose_machines(now, (node,))[0]), recipe, now.voice))
+
+
+def _build(engine: DockerEngine, recipe: Recipe, voice: Voice) -> tuple[str, bool]:
+    from launcher.stages.build import build_image
+
+    before = engine.image_id(recipe.tag)
+    with showing(voice):
+        return build_image(engine, recipe, voice.building), before is None
+
+
+def _read_options(asked: Mapping[str, object], flavour: str) -> Recipe:
+    """The recipe that the options of `launcher image build` describe."""
     from cluster.complaints import judge_options
-    from cluster.dockerd import DockerEngine
     from cluster.inventory import ImageRecipe
-    from cluster.local import LocalTransport
-    from launcher.stages.build import build_image, read_recipe
+    from launcher.stages.build import read_recipe
 
     given = {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()}
     judged = judge_options(given, ImageRecipe, options={"packages": "--package"})
     try:
-        recipe = read_recipe(judged, "cpu" if flavour == "cpu" else "cuda")
+        return read_recipe(judged, "cpu" if flavour == "cpu" else "cuda")
     except InputError as error:
         if not error.place:
             raise
         raise InputError(error.what, where=f"--{error.place[-1]}", next_step=error.next_step) from error
-    here = DockerEngine(LocalTransport("this machine"))
-    try:
-        before = here.image_id(recipe.tag)
-        with showing(voice):
-            digest = build_image(here, recipe, voice.building)
-        return recipe.tag, digest, before is None
-    finally:
-        here.close()
 
 
 def plan_only(now: Session, job: Job) -> Plan:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from cluster.errors import InputError
+from cluster.inventory import HERE
 
 Flavour = Literal["cuda", "cpu"]
 
@@ -224,6 +225,22 @@ def write_context(entries: Iterable[Entry], out: BinaryIO, *, folders: tuple[str
             else:
                 with entry.source.open("rb") as file:
                     archive.addfile(header, file)
+
+
+def choose_builder(asked: str | None, *, here: str | None, nodes: Mapping[str, str]) -> tuple[str, str]:
+    """Which machine builds, a node's name or `HERE`; and why, where nobody has asked for it and it is not this one.
+
+    `here`: the architecture of this machine's engine, None where it has none; `nodes`: theirs by name, the first of
+    which is taken.
+    """
+    if asked:
+        return asked, ""
+    first, theirs = next(iter(nodes.items()))
+    if here is None:
+        return first, "this machine has no Docker engine"
+    if here != theirs:
+        return first, f"this machine is {here}, {first} is {theirs}"
+    return HERE, ""
 
 
 def read_progress(message: Mapping[str, object], *, after: Progress) -> Progress:

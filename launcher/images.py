@@ -189,6 +189,8 @@ def why(now: Session, *, against: str | None = None) -> Why:
 def _is_meant(held: Held, against: str | None, labels: Mapping[str, str]) -> bool:
     if against:
         return against in (*held.tags, held.id) or held.id.removeprefix("sha256:").startswith(against)
+    if not held.tags:  # a stage that a builder has left: it says of itself what the image below it says
+        return False
     return held.labels.get("launcher.flavour") == labels["launcher.flavour"]
 
 

@@ -205,18 +205,26 @@ def image() -> None:
 @click.option("--requirements", type=click.Path(path_type=Path), metavar="FILE", help="A file of such packages.")
 @click.option("--apt", multiple=True, metavar="NAME", help="A Debian package besides.")
 @click.option("--dockerfile", type=click.Path(path_type=Path), metavar="FILE", help="Your own, on top of the image.")
+@click.option("--build-on", metavar="NODE", help="The node of --cluster whose engine builds.  [default: here]")
+@cluster_option
 @json_option
-def image_build(flavour: str, *, as_json: bool, **asked: Any) -> None:
-    """Build the image on this machine; an unchanged recipe builds nothing.
+def image_build(flavour: str, *, build_on: str | None, cluster: str | None, as_json: bool, **asked: Any) -> None:
+    """Build the image, on this machine or on a node; an unchanged recipe builds nothing.
 
     \b
     launcher image build --flavour cpu
     launcher image build --package einops --apt ffmpeg
+    launcher image build --build-on gpu-01
     """
+    from cluster.inventory import HERE
     from launcher import converge
     from launcher.views.live import Teller
 
-    tag, digest, built = converge.build_here(asked, flavour=flavour, voice=Teller())
+    if build_on in (None, HERE):
+        tag, digest, built = converge.build_here(asked, flavour=flavour, voice=Teller())
+    else:
+        with opened(cluster) as now:
+            tag, digest, built = converge.build_there(now, build_on, asked, flavour=flavour)
     if as_json:
         show_json({"tag": tag, "digest": digest, "built": built})
     else:

@@ -1,10 +1,11 @@
-"""Build: the image on this machine, when its recipe has changed or it is not there; otherwise nothing.
+"""Build: the image by an engine, here or on a node, when its recipe has changed or it is not there; otherwise nothing.
 
 What the user wants on top (`launcher.layer`) is an image of its own, built on ours.
 """
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from cluster.dockerd import DockerEngine, context_files
+from cluster.dockerd import UNAME, DockerEngine, context_files
 from cluster.errors import ImageError
 from cluster.inventory import ImageRecipe
 from launcher import image, layer
@@ -151,7 +152,7 @@ def _base(engine: DockerEngine, recipe: Recipe, tell: Tell) -> str:
         raise ImageError(
             engine.node,
             f"the base image {recipe.base} is not there and cannot be pulled",
-            next_step="docker load it on this machine, name another one, or leave image.base out",
+            next_step="docker load it there, name another one, or leave image.base out",
         )
     script = image.context_folder() / "base.sh"
     made = image.base_tag(script.read_bytes())
@@ -162,6 +163,14 @@ def _base(engine: DockerEngine, recipe: Recipe, tell: Tell) -> str:
 
 
 def _make_base(engine: DockerEngine, script: Path, tag: str, mirror: str | None) -> None:
+    """Make it here, whichever engine takes it in."""
+    theirs, ours = engine.architecture(), platform.machine()
+    if theirs != UNAME.get(ours, ours):
+        raise ImageError(
+            engine.node,
+            f"no base image can be pulled, and this machine ({ours}) can make none for {theirs}",
+            next_step="docker load one there, and name it under image.base",
+        )
     argv = ["sh", str(script), *(["--mirror", mirror] if mirror else [])]
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as rootfs:
         # Whole before it is imported: an archive that broke off would make an image too.

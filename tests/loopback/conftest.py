@@ -11,7 +11,8 @@ import pytest
 
 from cluster.ssh import Limits, SshTransport, scan_host_keys
 from cluster.trust import Address, pin
-from tests.loopback.images import swept, tiny  # noqa: F401 - fixtures
+from tests.loopback.desk import desk, engines  # noqa: F401 - fixtures
+from tests.loopback.images import swept, tiny  # noqa: F401
 from tests.loopback.sshd import SSHD, Sshd, make_key, running_sshd
 
 # Long enough for a busy machine: where a test waits for a limit to pass, it sets its own.

@@ -12,12 +12,15 @@ import re
 import secrets
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pip
 import pytest
 
 from cluster.archive import Archive, compose
@@ -101,23 +104,67 @@ def inspect(name: str) -> Any:
 
 def rootfs() -> bytes:
     """A root file system: busybox under all its names, and the libraries that it needs."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        _fill(archive, {})
+    return made.getvalue()
+
+
+def python_rootfs() -> bytes:
+    """The same with what a layer of packages meets in our image: /opt/venv with pip, made of this machine's Python."""
+    program = Path(sys.executable).resolve()
+    library = Path(sysconfig.get_path("stdlib"))
+    modules = [*library.glob("lib-dynload/*.so")]
+    tools = {name: shutil.which(name) or "" for name in ("comm", "find", "tar", "xargs")}  # busybox's know less
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        _fill(archive, tools, needs=[str(program), *map(str, modules)])
+        archive.addfile(*_file(str(program), str(program).lstrip("/")))
+        archive.add(library, filter=_kept)
+        for folder in Path(pip.__file__).parents[1].glob("pip*"):
+            archive.add(folder, f"{packages_folder()}/{folder.name}", filter=_kept)
+        said = f"home = {program.parent}\n".encode()
+        header = tarfile.TarInfo("opt/venv/pyvenv.cfg")
+        header.size = len(said)
+        archive.addfile(header, io.BytesIO(said))
+        for name in ("python3", "python"):
+            link = tarfile.TarInfo(f"opt/venv/bin/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, str(program)
+            archive.addfile(link)
+    return made.getvalue()
+
+
+def packages_folder() -> str:
+    """Where packages lie in it."""
+    return f"opt/venv/lib/{Path(sysconfig.get_path('stdlib')).name}/site-packages"
+
+
+def _kept(one: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """What is worth its bytes of a Python's own library."""
+    left = {"test", "tests", "idlelib", "tkinter", "lib2to3", "ensurepip", "site-packages", "dist-packages"}
+    path = Path(one.name)
+    useless = path.name.startswith("config-") or path.name.endswith((".opt-1.pyc", ".opt-2.pyc", ".exe"))
+    return None if useless or ("venv" not in path.parts and path.name in left) else one
+
+
+def _fill(archive: tarfile.TarFile, tools: Mapping[str, str], *, needs: Sequence[str] = ()) -> None:
+    """Busybox, some tools in place of its own, and the libraries of all these and of what else is named."""
     busybox = shutil.which("busybox")
     if busybox is None:
         pytest.skip("there is no busybox: apt install busybox-static")
     names = subprocess.run([busybox, "--list"], capture_output=True, check=True, text=True).stdout.split()
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w") as archive:
-        for path in (busybox, *_libraries(busybox)):
-            archive.addfile(*_file(path, "bin/busybox" if path == busybox else path.lstrip("/")))
-        for name in names:
-            if name != "busybox":
-                link = tarfile.TarInfo(f"bin/{name}")
-                link.type, link.linkname = tarfile.SYMTYPE, "busybox"
-                archive.addfile(link)
-        folder = tarfile.TarInfo("tmp")
-        folder.type, folder.mode = tarfile.DIRTYPE, 0o1777
-        archive.addfile(folder)
-    return made.getvalue()
+    for name, path in {"busybox": busybox, **tools}.items():
+        archive.addfile(*_file(path, f"bin/{name}"))
+    for path in sorted({one for of in (busybox, *tools.values(), *needs) for one in _libraries(of)}):
+        archive.addfile(*_file(path, path.lstrip("/")))
+    for name in names:
+        if name not in {"busybox", *tools}:
+            link = tarfile.TarInfo(f"bin/{name}")
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            archive.addfile(link)
+    folder = tarfile.TarInfo("tmp")
+    folder.type, folder.mode = tarfile.DIRTYPE, 0o1777
+    archive.addfile(folder)
 
 
 def _libraries(program: str) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,15 +20,17 @@ from cluster.fleet import Machine
 from cluster.local import LocalTransport
 from cluster.ssh import SshTransport
 from launcher.stages.relay import Road
-from tests.loopback.conftest import Site
 from tests.loopback.images import docker
 from tests.loopback.sshd import Sshd, running_sshd
+
+if TYPE_CHECKING:
+    from tests.loopback.conftest import Site
 
 
 class Dockerd:
     """A second Docker engine: its own data, socket and containerd; no network, no iptables."""
 
-    def __init__(self, folder: Path, *, driver: str = "vfs") -> None:
+    def __init__(self, folder: Path, *, driver: str | None = "vfs") -> None:
         self.folder = folder
         self._driver = driver
         self.socket = folder / "docker.sock"
@@ -40,7 +43,8 @@ class Dockerd:
             pytest.skip("there is no dockerd here: apt install docker.io")
         # In a network of its own: at its start an engine without a bridge removes the docker0 of the one beside it.
         line = ["unshare", "--net", program, "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
-        line += ["--pidfile", f"{self.folder}/pid", "-H", f"unix://{self.socket}", "--storage-driver", self._driver]
+        line += ["--pidfile", f"{self.folder}/pid", "-H", f"unix://{self.socket}"]
+        line += ["--storage-driver", self._driver] if self._driver else []  # else the best that it can have
         line += ["--bridge", "none", "--iptables=false", "--ip-masq=false"]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(line, stdout=log, stderr=log)
@@ -88,9 +92,10 @@ class Dockerd:
         self._unmount()
 
     def _unmount(self) -> None:
-        """An engine mounts its data on themselves, and leaves that behind when it is killed."""
-        while subprocess.run(["umount", f"{self.folder}/data"], capture_output=True, check=False).returncode == 0:
-            pass
+        """An engine leaves mounts behind: its data on themselves when it is killed, the network of its containers."""
+        for path in (self.folder / "data", *(self.folder / "exec" / "netns").glob("*")):
+            while subprocess.run(["umount", str(path)], capture_output=True, check=False).returncode == 0:
+                pass
 
 
 class HereButThere(LocalTransport):

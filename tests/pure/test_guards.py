@@ -225,7 +225,8 @@ COMMANDS = {
     "image ls": (CLUSTER, JSON),
     "image build": (
         *("--flavour", "--base", "--ca-bundle", "--pip-index", "--apt-mirror", "--wheels", "--cuda-architectures"),
-        *("--toolkit", "--build-network", "--package", "--requirements", "--apt", "--dockerfile", JSON),
+        *("--toolkit", "--build-network", "--package", "--requirements", "--apt", "--dockerfile", "--build-on"),
+        *(CLUSTER, JSON),
     ),
     "image ship": (CLUSTER, "NAME", JSON),
     "image save": (CLUSTER, "FILE", "NAME", JSON),

@@ -18,6 +18,7 @@ from launcher.image import (
     Recipe,
     base_tag,
     build_arguments,
+    choose_builder,
     choose_wheels,
     context_folder,
     explain,
@@ -305,3 +306,20 @@ class TestWhy:
             "file new: added",
             "format: changed",
         )
+
+
+@pytest.mark.parametrize(
+    ("asked", "here", "builder", "why"),
+    [
+        (None, "x86_64", "here", ""),
+        (None, None, "gpu-01", "this machine has no Docker engine"),
+        (None, "aarch64", "gpu-01", "this machine is aarch64, gpu-01 is x86_64"),
+        ("here", "aarch64", "here", ""),
+        ("here", None, "here", ""),
+        ("gpu-02", "x86_64", "gpu-02", ""),
+    ],
+)
+def test_the_image_is_built_where_it_was_asked_for_or_else_where_it_can_be(
+    asked: str | None, here: str | None, builder: str, why: str
+) -> None:
+    assert choose_builder(asked, here=here, nodes={"gpu-01": "x86_64", "gpu-02": "x86_64"}) == (builder, why)

@@ -57,6 +57,7 @@ def test_the_annotated_example_says_what_it_seems_to_say() -> None:
             apt_mirror="http://mirror.example/debian",
             wheels=Path("/site/wheels"),
             cuda_architectures="8.0;9.0",
+            build_on="gpu-01",
             packages=("einops==0.8.1",),
             requirements=Path("/site/requirements.txt"),
             apt=("ffmpeg",),
