@@ -23,6 +23,7 @@ from cluster.container import LABEL_CLUSTER, LABEL_NODE, LABEL_OWNER, LABEL_ROLE
 from cluster.errors import EngineError, Interrupted, NodeError
 from cluster.fleet import Machine, each
 from launcher.events import Emit, Failure, NodeEnded, RunEnded, StageBegan
+from launcher.inside import cause
 from launcher.job import NODE_GRACE
 from launcher.render import ROLE_NODE
 from launcher.stages.logs import Mirror, Show
@@ -131,9 +132,9 @@ def _interrupts(arrivals: queue.SimpleQueue[NodeEnded | BaseException | None]) -
 def _verdict(ends: Mapping[str, NodeEnded], *, interrupted: bool, now: float) -> RunEnded:
     if interrupted:
         return RunEnded(time=now, code=INTERRUPTED, cause="stopped by the user")
-    cause = first_cause(ends)
-    if cause is not None:
-        return RunEnded(time=now, code=1, cause=cause[1])
+    first = first_cause(ends)
+    if first is not None:
+        return RunEnded(time=now, code=1, cause=first[1])
     if any(end.stopped for end in ends.values()):
         return RunEnded(time=now, code=INTERRUPTED, cause="stopped from outside (launcher stop, or down)")
     return RunEnded(time=now, code=0)
@@ -232,7 +233,8 @@ def _read_end(part: Watched, ended: Container, now: float) -> NodeEnded:
     code = 1 if ended.code is None else ended.code
     end = read_exit(part.machine.name, _exit_json(part), now=now, code=code, oom=ended.oom)
     if (end is None or end.stopped) and _restarted(part, ended):
-        return NodeEnded(time=now, node=part.machine.name, code=code or 1, lost=RESTARTED)
+        why = Failure(rank=None, exit_code=code or 1, signal=None, time=now, type=cause.RESTART, message=RESTARTED)
+        return NodeEnded(time=now, node=part.machine.name, code=code or 1, failures=(why,))
     if end:
         return end
     # The agent itself did not live to say it: what the container printed last is all there is.
