@@ -20,7 +20,7 @@ FIRST_DELAY, LONGEST_DELAY = 10.0, 300.0  # seconds before the first restart, do
 _DEVICE = re.compile(r"CUDA error|NCCL|cuDNN|CUBLAS_STATUS|ECC error|unspecified launch failure", re.IGNORECASE)
 _MEMORY = re.compile(r"out of memory|OutOfMemory|MemoryError", re.IGNORECASE)
 _PASSING = ("ConnectionError", "ConnectionResetError", "ConnectionAbortedError", "BrokenPipeError", "TimeoutError")
-_NETWORK = ("DistNetworkError", "DistStoreError", "DistBackendError", cause.HANG)
+_NETWORK = ("DistNetworkError", "DistStoreError", "DistBackendError", cause.HANG, cause.RESTART)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,6 +81,7 @@ LOOK = 0.1  # seconds between two looks for a rank that fell
 EXIT_PATIENCE = 30.0  # beyond the grace, for a rank that failed and does not end, or a torchrun that does not notice
 OURS = ("status", "time", "lost")  # of an ending, in no exit.json
 SIGNALLED = 128  # exit statuses from here on tell of a signal
+FULL = 1 << 20  # bytes: a disk with less than that has no room left
 LARGEST_CODE = 126  # a shell means something else by 126 and 127
 PR_SET_CHILD_SUBREAPER = 36
 F_SETPIPE_SZ = 1031
@@ -134,6 +135,8 @@ def carry_out(run: dict[str, Any], *, log: Log, bell: Bell, folder: Path, guard:
     pipes.drain()
     keep_flight_records(folder, out=out)
     failures = sorted([*hangs, *read_failures(folder, run=run, redact=log.redact)], key=lambda one: float(one["time"]))
+    for place in full_places(run):
+        failures = [{**one, "message": f"no space is left at {place}: {one['message']}"} for one in failures]
     own = [one for one in failures if job.told is None or one["time"] < job.told]
     stopped = job.told is not None and not own
     code = job.code
@@ -643,6 +646,17 @@ def read_failures(folder: Path, *, run: dict[str, Any], redact: Redactor) -> lis
         record["local_rank"] = None if record["rank"] is None else record["rank"] - first
         record["message"] = redact(record["message"].encode(errors="replace")).decode(errors="replace")
     return sorted(records, key=lambda record: float(record["time"]))
+
+
+def full_places(run: dict[str, Any]) -> list[str]:
+    """The folders that a job fills and that have no room left: not every library tells so when it cannot write."""
+    full = []
+    for place in filter(None, (os.environ.get("LAUNCHER_CHECKPOINTS"), *run["nvme"])):
+        with contextlib.suppress(OSError):
+            room = os.statvfs(place)
+            if room.f_blocks and room.f_bavail * room.f_frsize < FULL:
+                full.append(place)
+    return full
 
 
 def failure(*, time: float, kind: str | None = None, message: str = "") -> dict[str, Any]:

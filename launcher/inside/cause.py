@@ -20,7 +20,8 @@ _ECHO = re.compile(
     r"|timed out waiting|store.*(lost|closed)|heartbeat|nccl.*(abort|remote error)|peer",
     re.IGNORECASE,
 )
-HANG = "Hang"  # the type of a failure that nobody noted himself: nothing went on any more
+# The types of failures that nobody noted himself: nothing went on any more; the engine was restarted.
+HANG, RESTART = "Hang", "Restart"
 MEMORY = "OutOfMemory"  # the type of a failure that the kernel is to be asked about
 OOM = "out of memory: the kernel killed it at the container's limit"
 
@@ -110,7 +111,7 @@ def _each(bad: Iterable[Report]) -> list[tuple[Report, Report]]:
 
 def is_echo(report: Report, failure: Report) -> bool:
     """Whether it is what a rank says when it was another one that died."""
-    if report["oom"] or failure["signal"] not in (None, "SIGABRT") or failure["type"] == HANG:
+    if report["oom"] or failure["signal"] not in (None, "SIGABRT") or failure["type"] in (HANG, RESTART):
         return False
     return bool(_ECHO.search(failure["message"]))
 
@@ -124,7 +125,7 @@ def how(failure: Report) -> str:
     """How a rank ended, in few words."""
     if failure["signal"]:
         return f"killed by {failure['signal']}"
-    if failure["type"] == HANG:
+    if failure["type"] in (HANG, RESTART):
         return _one_line(failure["message"])
     if failure["type"] == "SystemExit":  # its message is the code again, or was printed by Python already
         return f"exit {failure['exit_code']}"

@@ -19,15 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from cluster.command import Command
-from cluster.container import Container
+from cluster.container import LABEL_CLUSTER, LABEL_NODE, LABEL_OWNER, LABEL_ROLE, Container, ContainerState
 from cluster.errors import EngineError, Interrupted, NodeError
 from cluster.fleet import Machine, each
 from launcher.events import Emit, Failure, NodeEnded, RunEnded, StageBegan
+from launcher.inside import cause
 from launcher.job import NODE_GRACE
+from launcher.render import ROLE_NODE
 from launcher.stages.logs import Mirror, Show
 from launcher.state import INTERRUPTED, first_cause
 
 RETRY = 1.0  # seconds between two attempts to reach it again
+KILLED = 137  # the code of a container that was killed, as one is that is removed
+RESTARTED = "Docker, or the machine, was restarted or stopped there: that ends its containers"
 PATIENCE = 3.0  # seconds that a node has to end what it was told to end, before a third Ctrl-C leaves it
 
 
@@ -128,9 +132,9 @@ def _interrupts(arrivals: queue.SimpleQueue[NodeEnded | BaseException | None]) -
 def _verdict(ends: Mapping[str, NodeEnded], *, interrupted: bool, now: float) -> RunEnded:
     if interrupted:
         return RunEnded(time=now, code=INTERRUPTED, cause="stopped by the user")
-    cause = first_cause(ends)
-    if cause is not None:
-        return RunEnded(time=now, code=1, cause=cause[1])
+    first = first_cause(ends)
+    if first is not None:
+        return RunEnded(time=now, code=1, cause=first[1])
     if any(end.stopped for end in ends.values()):
         return RunEnded(time=now, code=INTERRUPTED, cause="stopped from outside (launcher stop, or down)")
     return RunEnded(time=now, code=0)
@@ -228,12 +232,22 @@ def _gone(part: Watched, now: float) -> NodeEnded | None:
 def _read_end(part: Watched, ended: Container, now: float) -> NodeEnded:
     code = 1 if ended.code is None else ended.code
     end = read_exit(part.machine.name, _exit_json(part), now=now, code=code, oom=ended.oom)
+    if (end is None or end.stopped) and _restarted(part, ended):
+        why = Failure(rank=None, exit_code=code or 1, signal=None, time=now, type=cause.RESTART, message=RESTARTED)
+        return NodeEnded(time=now, node=part.machine.name, code=code or 1, failures=(why,))
     if end:
         return end
     # The agent itself did not live to say it: what the container printed last is all there is.
     last = part.machine.engine.logs(part.container, tail=3).strip().splitlines() if code else []
     lost = f"exit {code}: {last[-1]}" if last else ""
     return NodeEnded(time=now, node=part.machine.name, code=code, oom=ended.oom, lost=lost)
+
+
+def _restarted(part: Watched, ended: Container) -> bool:
+    """Whether the node's idle container has ended as well: nobody else ends that one, but kills and removes it."""
+    labels = {name: ended.labels.get(name, "") for name in (LABEL_CLUSTER, LABEL_OWNER, LABEL_NODE)}
+    idle = part.machine.engine.find({**labels, LABEL_ROLE: ROLE_NODE})
+    return any(one.state is ContainerState.ENDED and one.code != KILLED for one in idle)
 
 
 def _exit_json(part: Watched) -> str:

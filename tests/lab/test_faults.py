@@ -5,20 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.lab.conftest import Note, User, containers, eventually, make_user
+from launcher.stages.watch import RESTARTED
+from tests.lab.conftest import Note, Said, User, containers, eventually, make_user
 from tests.lab.test_main_job import killed
 from tests.testbed import lab as testbed
 
 GRACE = 20  # of a silent node
+DROPS = 20
 
 
 @pytest.fixture
@@ -194,6 +199,102 @@ def test_f27_an_agent_that_is_killed_is_missed_within_seconds(
     said = stranger.launcher("attach")
     assert (said.code, f"node {victim}" in said.first) == (1, True), said.err
     note("a run container is killed", said.first, taken)
+
+
+def steps_of(said: Said, user: User, node: str) -> list[int]:
+    """The steps that were told, once the mirror of the log is known to be the node's own, byte for byte."""
+    (log,) = [path for path in user.new_logs() if path.name == f"{node}.log"]
+    own = "cat $(ls -d /home/ml/.launcher/*/*/runs/2* | tail -n 1)/out/node.log"
+    assert log.read_text() == testbed.run(node, "sh", "-c", own)
+    return [int(step) for step in re.findall(r"\| step (\d+) of 6", said.out)]
+
+
+def working(user: User, *argv: str) -> subprocess.Popen[bytes]:
+    """A run that is watched and at work."""
+    running = user.begin("run", *argv)
+    eventually(lambda: user.heard(b"step 20 of 6") > 0, "work", seconds=300)
+    return running
+
+
+def test_f28_an_sshd_that_is_killed_costs_no_line(lab: testbed.Lab, user: User, note: Note) -> None:
+    running, first = working(user, "jobs/work.py", "300"), lab.machines[0].name
+    with testbed.kill_sshd(first):
+        time.sleep(8)
+    said = user.end(running)
+    assert (said.code, steps_of(said, user, first)) == (0, list(range(300))), said.err
+    note("sshd is killed, and started again 8 s later", "nothing: no line lost or repeated", 8)
+
+
+def restarted(lab: testbed.Lab, user: User, stranger: User, how: str) -> tuple[str, float]:
+    """A run that nobody watches, on a node whose dockerd gets this signal and is started again: what is told of it."""
+    detach(lab, user, "jobs/apart.py")
+    victim = lab.machines[1].name
+    begun = time.time()
+    with testbed.stop_engine(victim, signal=how):
+        time.sleep(3)
+    taken = ended(lab, within=60, since=begun)
+    said = stranger.launcher("attach")
+    assert (said.code, said.first) == (1, f"error: node {victim}: {RESTARTED}"), said.err
+    assert user.launcher("up").code == 0
+    return said.first, taken
+
+
+def test_f29_a_docker_that_is_restarted_is_named(lab: testbed.Lab, user: User, stranger: User, note: Note) -> None:
+    note("dockerd is restarted", *restarted(lab, user, stranger, "TERM"))
+
+
+def test_f30_a_docker_that_was_killed_is_named(lab: testbed.Lab, user: User, stranger: User, note: Note) -> None:
+    note("dockerd is killed, and started again", *restarted(lab, user, stranger, "KILL"))
+
+
+def test_f33_a_full_disk_of_the_checkpoints_is_named_and_what_is_whole_stays(
+    lab: testbed.Lab, user: User, note: Note
+) -> None:
+    defaults = yaml.safe_load(user.inventory.read_text())["defaults"]
+    inventory = str(user.write(defaults={**defaults, "paths": {"checkpoints": "/mnt/small"}}))
+    (user.home / "jobs/fill.py").write_text(
+        "import os, torch\nfrom accelerate import Accelerator\naccelerator = Accelerator()\n"
+        "for step in range(100):\n"
+        "    accelerator.reduce(torch.ones(1))\n"
+        "    if accelerator.process_index == 2:\n"
+        "        torch.save(torch.zeros(2 << 20), f\"{os.environ['LAUNCHER_CHECKPOINTS']}/{step}.pt\")\n"
+    )
+    victim, begun = lab.machines[1].name, time.monotonic()
+    try:
+        said = user.launcher("run", "-c", inventory, "--ignore", "disk-full", "jobs/fill.py")  # 64 MiB in all
+        whole = testbed.run(victim, "find", "/mnt/small", "-name", "*.pt", "-size", "+8191k").split()
+    finally:
+        testbed.run(victim, "sh", "-c", "rm -rf /mnt/small/*")
+        assert user.launcher("up").code == 0
+    assert (said.code, len(whole) >= 6) == (1, True), (said.err, whole)
+    full = f"error: node {victim}, rank 2: exit 1: RuntimeError: no space is left at /checkpoints: "
+    assert said.first.startswith(full), said.err
+    note("the disk of the checkpoints is full", said.first, time.monotonic() - begun)
+
+
+def test_f43_a_launcher_that_slept_goes_on_where_it_was(lab: testbed.Lab, user: User, note: Note) -> None:
+    running, first = working(user, "jobs/work.py", "400"), lab.machines[0].name
+    os.kill(running.pid, signal.SIGSTOP)
+    with testbed.cut_control(first):
+        time.sleep(20)
+    os.kill(running.pid, signal.SIGCONT)
+    said = user.end(running)
+    assert (said.code, steps_of(said, user, first)) == (0, list(range(400))), said.err
+    note("the launcher sleeps for 20 s, its connections are cut", "nothing: no line lost or repeated", 20)
+
+
+def test_f44_a_stream_that_drops_again_and_again_loses_and_repeats_nothing(
+    lab: testbed.Lab, user: User, note: Note
+) -> None:
+    running, first = working(user, "jobs/work.py", "400"), lab.machines[0].name
+    drops = 0
+    while running.poll() is None and drops < DROPS:
+        testbed.run(first, "pkill", "-KILL", "-u", "ml", "-x", "sshd", check=False)
+        drops += 1
+        time.sleep(random.uniform(0.2, 1.5))  # noqa: S311 - any moment
+    said = user.end(running)
+    assert (said.code, steps_of(said, user, first)) == (0, list(range(400))), said.err
+    note(f"the stream of the log is dropped {drops} times", "nothing: no line lost or repeated", 0)
 
 
 def test_f35_a_fifth_of_all_packets_lost_ends_nothing(lab: testbed.Lab, user: User, note: Note) -> None:

@@ -308,6 +308,7 @@ def one_kill(scene: Scene, command: str, chance: random.Random) -> str | None:
     return phase if killed else None
 
 
+@pytest.mark.timeout(1800 + 120 * KILLS)
 def test_f42_a_launcher_that_is_killed_at_any_moment_leaves_what_can_be_told_and_cleared(
     scene: Scene, note: Note
 ) -> None:
@@ -324,6 +325,7 @@ def test_f42_a_launcher_that_is_killed_at_any_moment_leaves_what_can_be_told_and
             phase = one_kill(scene, command, chance)
         except AssertionError as error:
             wrong.append(f"kill {kills + 1}, {command}: {error}")
+            sys.stderr.write(f"{wrong[-1]}\n")
             scene.stranger.launcher("down")
             phase = "wrong"
         if phase is not None:

@@ -30,6 +30,8 @@ RUN = ("run", "--detach", "--port", "auto", "job.py")
 ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{4}")
 _GATE = "import sys, time; from launcher.cli import main; time.sleep(float(sys.stdin.readline())); main()"
 
+pytestmark = pytest.mark.timeout(1800 + 120 * RACES)
+
 
 @pytest.fixture(params=["process", "docker"])
 def racer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[User]:

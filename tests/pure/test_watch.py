@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.container import ContainerSpec, ContainerState
+from cluster.container import (
+    LABEL_CLUSTER,
+    LABEL_NODE,
+    LABEL_OWNER,
+    LABEL_ROLE,
+    ContainerSpec,
+    ContainerState,
+)
 from cluster.errors import EngineError, Interrupted, UnreachableError, UntrustedError
 from cluster.fleet import Machine
 from launcher.events import Event, Failure, NodeEnded, RunEnded, StageBegan
@@ -271,6 +278,21 @@ class TestSilence:
         nodes.says(1, code=3, failures=[{"rank": 0, "exit_code": 3, "type": "SystemExit", "message": "3"}])
         nodes.engines[0].faults.at("wait", EngineError("gpu-1", "Docker broke off"))
         assert nodes.watch().cause == "node gpu-1, rank 0: exit 3"
+
+    @pytest.mark.parametrize(("code", "cause"), [(143, f"node gpu-1: {stage.RESTARTED}"), (137, "")])
+    def test_a_restart_of_docker_is_seen_by_the_idle_container(self, tmp_path: Path, code: int, cause: str) -> None:
+        nodes = Nodes(tmp_path, WORK, WORK)
+        labels = dict.fromkeys((LABEL_CLUSTER, LABEL_OWNER, LABEL_NODE), "x") | {LABEL_ROLE: "node"}
+        idle = nodes.engines[0].create(
+            ContainerSpec(name="idle", image=nodes.engines[0].put_image(b""), argv=WORK, labels=labels)
+        )
+        nodes.engines[0].start(idle)
+        nodes.engines[0].end(idle, code)
+        for node in (1, 2):
+            nodes.says(node, code=143, stopped=True)
+        nodes.engines[0].faults.at("wait", nodes.end(1, 143))
+        nodes.engines[1].faults.at("wait", nodes.end(2, 143))
+        assert nodes.watch().cause == (cause or "stopped from outside (launcher stop, or down)")
 
     def test_the_end_is_written_down_before_the_containers_go(self, tmp_path: Path) -> None:
         nodes = Nodes(tmp_path, GOOD)

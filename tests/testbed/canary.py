@@ -40,6 +40,8 @@ for my $found (sort keys %seen) { $seen{$found} =~ tr/\0\n/  /; print "$found $s
 # Ends as soon as it has been seen: its words stand in its arguments and in its environment.
 _PLANT = ("sh", "-c", "sleep 0.5; :")
 _CONTROL = "this machine"
+# Before the others, where that is allowed: on a busy machine it would look too seldom.
+_AT_ONCE = ("nice", "-n", "-15", "perl", "-e")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ def sampled(words: Sequence[str], *nodes: str) -> Iterator[dict[str, Sampled]]:
     places = {_CONTROL: (), **{node: ("docker", "exec", "-i", node) for node in nodes}}
     began, answers = time.monotonic(), dict[str, Sampled]()
     samplers = {
-        place: subprocess.Popen([*way, "perl", "-e", _SAMPLE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        place: subprocess.Popen([*way, *_AT_ONCE, _SAMPLE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for place, way in places.items()
     }
     try:

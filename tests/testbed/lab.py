@@ -174,6 +174,14 @@ def disconnect(node: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def kill_sshd(node: str) -> Iterator[None]:
+    """The node's sshd is gone, with every connection that it had."""
+    with _healed(node):
+        run(node, "pkill", "-KILL", "-x", "sshd")
+        yield
+
+
+@contextlib.contextmanager
 def stop_engine(node: str, *, signal: str = "KILL") -> Iterator[None]:
     """The node's dockerd is down; sshd is not."""
     with _healed(node):
@@ -250,6 +258,7 @@ def heal(node: str) -> None:
     gateway = next(iter(container.attrs["NetworkSettings"]["Networks"].values()))["Gateway"]
     script = f"""
         rm -f /lab/hold-engine
+        pgrep -x sshd >/dev/null || /usr/sbin/sshd
         docker ps --quiet --filter status=paused | xargs -r docker unpause
         if ! ip link show eth0 | grep -q ,UP; then
             ip link set eth0 up && ip route replace default via {gateway}
