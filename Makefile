@@ -11,6 +11,7 @@ PIP_OPTIONS ?=
 # For `make image`; --help of `launcher image build` lists the options.
 FLAVOUR ?= cuda
 IMAGE_OPTIONS ?=
+ONLY_BUILT ?=
 # More options for pytest, for example: make test TESTS=tests/lab PYTEST_OPTIONS='-x -k kill'
 TESTS ?= tests
 PYTEST_OPTIONS ?=
@@ -103,16 +104,21 @@ lab: setup ## Start three nodes (sshd and dockerd each) in containers; prints th
 lab-down: setup ## Remove these nodes with all that is on them
 	@$(PY) -m tests.testbed.lab down
 
-# The same recipe as the laboratory's inventory, so that one image serves both.
+# The same recipe as the laboratory's inventory, so that one image serves both. ONLY_BUILT=yes: not if it must be built.
 .PHONY: smoke
 smoke: FLAVOUR = cpu
 smoke: setup ## Train a few steps on CPUs in one container, by plain docker run; FLAVOUR=cuda: in the CUDA image
 	@.ci/machine bash -euo pipefail -c '\
-	    image=$$($(LAUNCHER) image build --flavour $(FLAVOUR) \
+	    build() { $(LAUNCHER) image build --flavour $(FLAVOUR) \
 	        $${LAUNCHER_TEST_WHEELS:+--wheels "$$LAUNCHER_TEST_WHEELS"} \
 	        $${LAUNCHER_TEST_CA_BUNDLE:+--ca-bundle "$$LAUNCHER_TEST_CA_BUNDLE"} \
 	        $${LAUNCHER_TEST_APT_MIRROR:+--apt-mirror "$$LAUNCHER_TEST_APT_MIRROR"} \
-	        $${LAUNCHER_TEST_BASE:+--base "$$LAUNCHER_TEST_BASE"}); \
+	        $${LAUNCHER_TEST_BASE:+--base "$$LAUNCHER_TEST_BASE"} "$$@"; }; \
+	    if [ -n "$(ONLY_BUILT)" ]; then \
+	        image=$$(build --dry-run 2>/dev/null); \
+	        docker image inspect "$$image" >/dev/null 2>&1 || { echo "smoke: $$image is not built here"; exit 0; }; \
+	    fi; \
+	    image=$$(build); \
 	    $(PY) -m tests.testbed.smoke "$$image"'
 
 # Three nodes of its own, gone at the end.

@@ -274,23 +274,32 @@ def _has(engine: Engine, digest: str) -> bool:
         return False
 
 
-def build_here(asked: Mapping[str, object], *, flavour: str, voice: Voice) -> tuple[str, str, bool]:
-    """Build the image on this machine; its tag, its digest, and whether anything had to be built."""
+def build_here(
+    asked: Mapping[str, object], *, flavour: str, voice: Voice, dry_run: bool = False
+) -> tuple[str, str | None, bool]:
+    """Build the image on this machine; its tag, its digest, and whether anything had to be built.
+
+    With `dry_run` nothing is built, and the digest is None where the image is not there.
+    """
     recipe = _read_options(asked, flavour)
     with _engine_here() as here:
-        return (recipe.tag, *_build(here, recipe, voice))
+        return (recipe.tag, *_build(here, recipe, voice, dry_run=dry_run))
 
 
-def build_there(now: Session, node: str, asked: Mapping[str, object], *, flavour: str) -> tuple[str, str, bool]:
+def build_there(
+    now: Session, node: str, asked: Mapping[str, object], *, flavour: str, dry_run: bool = False
+) -> tuple[str, str | None, bool]:
     """The same on a node."""
     recipe = _read_options(asked, flavour)
-    return (recipe.tag, *_build(_hand(choose_machines(now, (node,))[0]), recipe, now.voice))
+    return (recipe.tag, *_build(_hand(choose_machines(now, (node,))[0]), recipe, now.voice, dry_run=dry_run))
 
 
-def _build(engine: DockerEngine, recipe: Recipe, voice: Voice) -> tuple[str, bool]:
+def _build(engine: DockerEngine, recipe: Recipe, voice: Voice, *, dry_run: bool = False) -> tuple[str | None, bool]:
     from launcher.stages.build import build_image
 
     before = engine.image_id(recipe.tag)
+    if dry_run:
+        return before, False
     with showing(voice):
         return build_image(engine, recipe, voice.building), before is None
 

@@ -206,9 +206,12 @@ def image() -> None:
 @click.option("--apt", multiple=True, metavar="NAME", help="A Debian package besides.")
 @click.option("--dockerfile", type=click.Path(path_type=Path), metavar="FILE", help="Your own, on top of the image.")
 @click.option("--build-on", metavar="NODE", help="The node of --cluster whose engine builds.  [default: here]")
+@click.option("--dry-run", is_flag=True, help="Only say the image's name, and whether it is there.")
 @cluster_option
 @json_option
-def image_build(flavour: str, *, build_on: str | None, cluster: str | None, as_json: bool, **asked: Any) -> None:
+def image_build(
+    flavour: str, *, build_on: str | None, dry_run: bool, cluster: str | None, as_json: bool, **asked: Any
+) -> None:
     """Build the image, on this machine or on a node; an unchanged recipe builds nothing.
 
     \b
@@ -221,14 +224,16 @@ def image_build(flavour: str, *, build_on: str | None, cluster: str | None, as_j
     from launcher.views.live import Teller
 
     if build_on in (None, HERE):
-        tag, digest, built = converge.build_here(asked, flavour=flavour, voice=Teller())
+        tag, digest, built = converge.build_here(asked, flavour=flavour, voice=Teller(), dry_run=dry_run)
     else:
         with opened(cluster) as now:
-            tag, digest, built = converge.build_there(now, build_on, asked, flavour=flavour)
+            tag, digest, built = converge.build_there(now, build_on, asked, flavour=flavour, dry_run=dry_run)
     if as_json:
         show_json({"tag": tag, "digest": digest, "built": built})
     else:
         click.echo(tag)
+        if dry_run:
+            click.echo("it is there" if digest else "it would be built", err=True)
 
 
 @launcher.command()

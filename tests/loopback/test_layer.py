@@ -139,6 +139,11 @@ def test_packages_are_put_on_top_and_alone_travel_to_nodes_that_have_what_is_bel
 ) -> None:
     recipe = ask(desk, PACKAGES % 1)
     put_below(recipe, below, here)
+    assert desk.json(*BUILD, "--package", "labtool==1", "--dry-run") == {
+        "tag": recipe.tag,
+        "digest": None,
+        "built": False,
+    }
     assert desk.json(*BUILD, "--package", "labtool==1") == {
         "tag": recipe.tag,
         "digest": (digest := here.image_id(recipe.tag)),

@@ -226,7 +226,7 @@ COMMANDS = {
     "image build": (
         *("--flavour", "--base", "--ca-bundle", "--pip-index", "--apt-mirror", "--wheels", "--cuda-architectures"),
         *("--toolkit", "--build-network", "--package", "--requirements", "--apt", "--dockerfile", "--build-on"),
-        *(CLUSTER, JSON),
+        *("--dry-run", CLUSTER, JSON),
     ),
     "image ship": (CLUSTER, "NAME", JSON),
     "image save": (CLUSTER, "FILE", "NAME", JSON),
