@@ -96,6 +96,9 @@ IDS = frozenset(
     )
 )
 
+# What speaks against a machine, not against a run: `up` tells it, and not every run again.
+STANDING = ("nvidia-toolkit", "runc")
+
 
 def judge(found: tuple[Finding, ...], *, ignored: tuple[str, ...]) -> tuple[Finding, ...]:
     """The findings that are left to be told; `PreconditionError` when one of them forbids the start."""

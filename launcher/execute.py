@@ -84,7 +84,7 @@ def prepare(
     span = len(every.nodes) if stays_here(every) else 1
     meeting = choose_port(first, seed=run_id, span=span) if any_port else port or now.inventory.master_port
     found = checks.findings(now.inventory, seen.facts, port=meeting, nvme=zero.needs_nvme(job))
-    for finding in checks.judge(found, ignored=ignored):
+    for finding in checks.judge(found, ignored=(*ignored, *checks.STANDING)):
         now.voice.warn(finding)
     base: tuple[Converged, tuple[str, ...]] | None = None
     if model is not None:
