@@ -115,7 +115,8 @@ def test_f23_a_rank_that_stands_still_ends_the_run_and_all_stacks_come_home(
     (evidence,) = [path for path in (user.home / ".state").rglob("evidence") if str(path) in said.err]
     kept = sorted(path.relative_to(evidence) for path in evidence.rglob("rank-*.txt"))
     nodes = [machine.name for machine in lab.machines]
-    assert [str(path) for path in kept] == [f"{nodes[rank // 2]}/stacks/rank-{rank:05d}.txt" for rank in range(6)]
+    stacks = [f"{nodes[rank // 2]}/stacks/rank-{rank:05d}{by}.txt" for rank in range(6) for by in (".py-spy", "")]
+    assert [str(path) for path in kept] == stacks
     assert all("work.py" in (evidence / path).read_text() for path in kept)
     note("a rank stands still, --hang-timeout 30", said.first, taken)
 
