@@ -108,7 +108,8 @@ class Here:
             if (spec.parent / "exit.json").exists():
                 state, code = "ended", json.loads((spec.parent / "exit.json").read_text())["code"]
             elif (spec.parent / "keeper.json").exists():
-                state = "running"
+                keeper = json.loads((spec.parent / "keeper.json").read_text())["pid"]
+                state, code = ("running", None) if Path(f"/proc/{keeper}").exists() else ("ended", 137)
             found.append(Standing(labels["launcher.role"], labels.get("launcher.run"), state, code))
         return found
 
