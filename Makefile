@@ -65,7 +65,7 @@ matrix: setup ## Train every ZeRO stage, offload, precision and way on three nod
 
 .PHONY: faults
 faults: setup ## Try every fault on three nodes in containers, and print a table of what came of it
-	@.ci/machine $(PYTEST) tests/lab/test_faults.py $(PYTEST_OPTIONS)
+	@LAUNCHER_TEST_FAULTS=all .ci/machine $(PYTEST) tests/lab/test_faults.py $(PYTEST_OPTIONS)
 
 .PHONY: lint
 lint: setup ## Lint, format, types, storeys; writes nothing

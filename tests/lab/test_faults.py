@@ -1,4 +1,7 @@
-"""The fault matrix on three real nodes, by its ids: what ends, how soon, and what the first line says."""
+"""The fault matrix on three real nodes, by its ids: what ends, how soon, and what the first line says.
+
+A cover of it always; all of it with LAUNCHER_TEST_FAULTS=all (`make faults`).
+"""
 
 from __future__ import annotations
 
@@ -121,6 +124,7 @@ def test_f23_a_rank_that_stands_still_ends_the_run_and_all_stacks_come_home(
     note("a rank stands still, --hang-timeout 30", said.first, taken)
 
 
+@pytest.mark.thorough
 def test_f24_a_node_that_stands_still_ends_the_run_elsewhere(
     lab: testbed.Lab, user: User, stranger: User, note: Note
 ) -> None:
@@ -158,6 +162,7 @@ def test_f25_a_control_path_that_is_cut_costs_no_line_and_no_step(lab: testbed.L
     note("the control path is cut for 30 s", "nothing: no line lost or repeated; longest pause of the job:", longest)
 
 
+@pytest.mark.thorough
 def test_f26_a_data_path_that_is_cut_ends_the_run(lab: testbed.Lab, user: User, stranger: User, note: Note) -> None:
     detach(lab, user, "--node-grace", str(GRACE), "jobs/apart.py")
     *others, lost = lab.machines
@@ -170,6 +175,7 @@ def test_f26_a_data_path_that_is_cut_ends_the_run(lab: testbed.Lab, user: User, 
     note(f"the data path is cut, --node-grace {GRACE}", said.first, taken)
 
 
+@pytest.mark.thorough
 def test_f27_a_node_that_is_gone_ends_the_run_and_attach_learns_it(
     lab: testbed.Lab, user: User, stranger: User, note: Note
 ) -> None:
@@ -217,6 +223,7 @@ def working(user: User, *argv: str) -> subprocess.Popen[bytes]:
     return running
 
 
+@pytest.mark.thorough
 def test_f28_an_sshd_that_is_killed_costs_no_line(lab: testbed.Lab, user: User, note: Note) -> None:
     running, first = working(user, "jobs/work.py", "300"), lab.machines[0].name
     with testbed.kill_sshd(first):
@@ -244,6 +251,7 @@ def test_f29_a_docker_that_is_restarted_is_named(lab: testbed.Lab, user: User, s
     note("dockerd is restarted", *restarted(lab, user, stranger, "TERM"))
 
 
+@pytest.mark.thorough
 def test_f30_a_docker_that_was_killed_is_named(lab: testbed.Lab, user: User, stranger: User, note: Note) -> None:
     note("dockerd is killed, and started again", *restarted(lab, user, stranger, "KILL"))
 
@@ -273,6 +281,7 @@ def test_f33_a_full_disk_of_the_checkpoints_is_named_and_what_is_whole_stays(
     note("the disk of the checkpoints is full", said.first, time.monotonic() - begun)
 
 
+@pytest.mark.thorough
 def test_f43_a_launcher_that_slept_goes_on_where_it_was(lab: testbed.Lab, user: User, note: Note) -> None:
     running, first = working(user, "jobs/work.py", "400"), lab.machines[0].name
     os.kill(running.pid, signal.SIGSTOP)
@@ -298,6 +307,7 @@ def test_f44_a_stream_that_drops_again_and_again_loses_and_repeats_nothing(
     note(f"the stream of the log is dropped {drops} times", "nothing: no line lost or repeated", 0)
 
 
+@pytest.mark.thorough
 def test_f35_a_fifth_of_all_packets_lost_ends_nothing(lab: testbed.Lab, user: User, note: Note) -> None:
     detach(lab, user, "--node-grace", str(GRACE), "jobs/apart.py")
     bad, *others = lab.machines
