@@ -94,6 +94,12 @@ class Node(Protocol):
         """What runs there of ours, in containers or not."""
 
 
+def _lives(pid: int) -> bool:
+    """Whether there is such a process, and no mere remainder of one that nobody has waited for."""
+    told = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(told) and not told.startswith("Z")
+
+
 @dataclass(frozen=True)
 class Here:
     """This machine and its processes."""
@@ -109,7 +115,7 @@ class Here:
                 state, code = "ended", json.loads((spec.parent / "exit.json").read_text())["code"]
             elif (spec.parent / "keeper.json").exists():
                 keeper = json.loads((spec.parent / "keeper.json").read_text())["pid"]
-                state, code = ("running", None) if Path(f"/proc/{keeper}").exists() else ("ended", 137)
+                state, code = ("running", None) if _lives(keeper) else ("ended", 137)
             found.append(Standing(labels["launcher.role"], labels.get("launcher.run"), state, code))
         return found
 
