@@ -87,7 +87,7 @@ def plant(word: str, *nodes: str) -> None:
 def search(word: str, *folders: str, since: float) -> tuple[str, ...]:
     """A command that names the files that hold the word among those written since a moment; it does not show it."""
     hidden = f"{word[:-1]}[{word[-1]}]"
-    return ("sh", "-c", _SEARCH, "sh", f"@{since:.0f}", hidden, *folders)
+    return ("sh", "-c", _SEARCH, "sh", f"@{int(since)}", hidden, *folders)
 
 
 _SEARCH = r"""
