@@ -70,8 +70,13 @@ class Dockerd:
             self.say("rmi", "-f", image)
 
     def left_over(self) -> list[Path]:
-        """What it keeps of an archive that it could not take in."""
-        return [one for one in (self.folder / "data" / "tmp").rglob("*") if one.is_file()]
+        """What it keeps of an archive that it could not take in, once it has had time to clear up."""
+        end = time.monotonic() + 10
+        while left := [one for one in (self.folder / "data" / "tmp").rglob("*") if one.is_file()]:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        return left
 
     def kill(self) -> None:
         """End it at once, as a power cut would."""

@@ -85,7 +85,7 @@ def test_without_an_engine_here_the_node_that_has_what_is_below_builds(nowhere: 
 def test_this_machine_can_be_insisted_on(nowhere: Desk) -> None:
     recipe = ask(nowhere, f"{IMAGE}, build_on: here")
     said = nowhere("up", code=4)
-    assert said.startswith("error: node this machine: ")
+    assert "error: node this machine: " in said
     assert has(nowhere, recipe.tag) == []
 
 
