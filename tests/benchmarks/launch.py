@@ -35,7 +35,8 @@ BY_HAND = """
 import runpy, sys
 from accelerate import PartialState
 PartialState(cpu=True, backend="gloo")
-runpy.run_path(sys.argv[1], run_name="__main__")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
