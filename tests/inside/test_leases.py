@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.lab.conftest import User, eventually
+from tests.lab.conftest import User, eventually, of_processes
 
 pytestmark = [
     pytest.mark.oracle,
@@ -33,13 +33,7 @@ def user(tmp_path: Path) -> Iterator[User]:
     """Somebody whose cluster is this machine, as three nodes."""
     home = tmp_path / "project"
     home.mkdir()
-    inventory = {
-        "name": "thrice",
-        "accelerator": "cpu",
-        "engine": "process",
-        "defaults": {"slots": 1, "paths": {"state": str(tmp_path / "nodes")}},
-        "nodes": [{"name": name, "host": "localhost", "transport": "local"} for name in ("one", "two", "three")],
-    }
+    inventory = of_processes("thrice", "one", "two", "three", state=tmp_path / "nodes")
     (home / "cluster.yaml").write_text(yaml.safe_dump(inventory))
     (home / ".launcherignore").write_text(".state/\n")
     (home / "job.py").write_text(JOB)

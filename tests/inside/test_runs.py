@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.lab.conftest import User, eventually
+from tests.lab.conftest import User, eventually, of_processes
 
 pytestmark = [
     pytest.mark.oracle,
@@ -25,13 +25,7 @@ def user(tmp_path: Path) -> Iterator[User]:
     """Somebody whose cluster is this machine, as two nodes."""
     home = tmp_path / "project"
     home.mkdir()
-    inventory = {
-        "name": "twice",
-        "accelerator": "cpu",
-        "engine": "process",
-        "defaults": {"slots": 1, "paths": {"state": str(tmp_path / "nodes")}},
-        "nodes": [{"name": name, "host": "localhost", "transport": "local"} for name in ("first", "second")],
-    }
+    inventory = of_processes("twice", "first", "second", state=tmp_path / "nodes")
     (home / "cluster.yaml").write_text(yaml.safe_dump(inventory))
     (home / ".launcherignore").write_text(".state/\n")
     made = User(home=home, inventory=home / "cluster.yaml", environment={"OMP_NUM_THREADS": "1"})

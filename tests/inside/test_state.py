@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from launcher.record import Memory
-from tests.lab.conftest import User, eventually
+from tests.lab.conftest import User, eventually, of_processes
 
 pytestmark = [
     pytest.mark.oracle,
@@ -38,13 +38,7 @@ def user(tmp_path: Path) -> Iterator[User]:
     """Somebody whose cluster is this machine."""
     home = tmp_path / "project"
     home.mkdir()
-    inventory = {
-        "name": "once",
-        "accelerator": "cpu",
-        "engine": "process",
-        "defaults": {"slots": 1, "paths": {"state": str(tmp_path / "nodes")}},
-        "nodes": [{"name": "one", "host": "localhost", "transport": "local"}],
-    }
+    inventory = of_processes("once", "one", state=tmp_path / "nodes")
     (home / "cluster.yaml").write_text(yaml.safe_dump(inventory))
     (home / ".launcherignore").write_text(".state/\n")
     (home / "job.py").write_text(JOB)

@@ -155,6 +155,17 @@ class User:
         return path
 
 
+def of_processes(name: str, *nodes: str, state: Path) -> dict[str, object]:
+    """An inventory whose nodes are this machine, one process each; `state` is their folder."""
+    return {
+        "name": name,
+        "accelerator": "cpu",
+        "engine": "process",
+        "defaults": {"slots": 1, "paths": {"state": str(state)}},
+        "nodes": [{"name": node, "host": "localhost", "transport": "local"} for node in nodes],
+    }
+
+
 def make_user(home: Path, inventory: Path) -> User:
     """A user with a copy of the example, the inventory at hand."""
     home.mkdir(parents=True, exist_ok=True)

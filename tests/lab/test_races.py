@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.lab.conftest import Note, Said, User, make_user
+from tests.lab.conftest import Note, Said, User, make_user, of_processes
 
 RACES = int(os.environ.get("LAUNCHER_TEST_RACES", "3"))
 SEED = int(os.environ.get("LAUNCHER_TEST_SEED") or random.SystemRandom().randrange(10**6))
@@ -40,13 +40,7 @@ def racer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[User]:
         user: User = request.getfixturevalue("user")
     else:
         path = tmp_path / "cluster.yaml"
-        inventory = {
-            "name": "thrice",
-            "accelerator": "cpu",
-            "engine": "process",
-            "defaults": {"slots": 1, "paths": {"state": str(tmp_path / "nodes")}},
-            "nodes": [{"name": name, "host": "localhost", "transport": "local"} for name in ("one", "two", "three")],
-        }
+        inventory = of_processes("thrice", "one", "two", "three", state=tmp_path / "nodes")
         path.write_text(yaml.safe_dump(inventory))
         user = make_user(tmp_path / "project", path)
         user.environment["HOME"] = str(tmp_path)
